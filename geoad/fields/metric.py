@@ -1,0 +1,234 @@
+"""Metric fields: a metric at every point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoad import operators as ops
+from geoad.charts import Chart, Point, Reparametrization, makers
+from geoad.errors import GeometryError, VarianceError
+from geoad.fields.scalar import ScalarField, require_point
+from geoad.fields.transition import Transition
+from geoad.kernels import derivatives
+from geoad.operators import LinearOperator
+from geoad.params import Blocks, axpy, is_wrapped, scale
+from geoad.tensors import Form, Metric, as_operator
+from geoad.tensors.base import is_scalar
+
+__all__ = ["FormField", "FunctionMetric", "MetricField", "SumField"]
+
+
+class FormField:
+    """A bilinear form at every point, computed in the chart ``home``: ``field(p)`` is its value, in the chart of p.
+
+    A subclass gives `operator`, the value as an operator on plain blocks of ``home``, and may give a cheaper `product`, which
+    must be differentiable in the point. Fields of one manifold add and scale.
+
+    Attributes:
+        home: the chart in which the numbers are computed (where structure is imposed).
+        constant: the components in ``home`` do not depend on the point, so the connection vanishes there.
+        definite: known to be positive definite everywhere.
+    """
+
+    value_class: type[Form] = Form
+    home: Chart
+    chart: Chart
+    constant: bool = False
+    definite: bool = False
+
+    def __init__(self, home: Chart) -> None:
+        self.home = self.chart = home
+
+    def operator(self, x: Blocks) -> LinearOperator:
+        """The form at the point with blocks `x` in ``home``."""
+        raise NotImplementedError
+
+    def product(self, x: Blocks, v: Blocks) -> Blocks:
+        """G(x) v, differentiable in x and v."""
+        return self.operator(x).mv(v)
+
+    def __call__(self, p: Point) -> Any:
+        here = require_point(p, self.home, f"a {type(self).__name__} field").to(self.home)
+        if here.batch_shape:
+            return _over_batch(self, p)
+        return self.value_class(p.chart, self.operator(here.blocks), p, home=self.home)
+
+    def to(self, chart: Chart | Reparametrization) -> FormField:
+        """The same field, presented in another chart of the manifold."""
+        if isinstance(chart, Reparametrization):
+            return chart(self)
+        Transition(self.home, chart)  # raises for another manifold
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.chart = chart
+        return twin
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}('{self.home.name}', dim={self.home.dim})"
+
+    # -- algebra -----------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> FormField:
+        if not isinstance(other, FormField):
+            raise VarianceError(
+                f"cannot add a {type(self).__name__} field and a {type(other).__name__}: damping needs to say whose identity it adds. "
+                "Use field + lam * geoad.metrics.Euclidean(chart)."
+            )
+        return SumField([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Any) -> FormField:
+        if not isinstance(other, FormField):
+            return self + other  # raises
+        return SumField([(1.0, self), (-1.0, other)])
+
+    def __mul__(self, factor: Any) -> FormField:
+        if isinstance(factor, ScalarField):
+            return self.scaled_by(factor)
+        if not is_scalar(factor):
+            raise VarianceError(f"a {type(self).__name__} field is scaled by numbers and scalar fields, found {type(factor).__name__}.")
+        return SumField([(float(factor), self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> FormField:
+        return self * (1 / factor)
+
+    def __neg__(self) -> FormField:
+        return self * -1.0
+
+    def scaled_by(self, factor: ScalarField) -> FormField:
+        """The conformal field h G for a function h (positive, if G is to stay a metric)."""
+        return Conformal(factor, self)
+
+
+class MetricField(FormField):
+    """A metric at every point; its values are `Metric` objects. See `FormField`."""
+
+    value_class = Metric
+
+
+def _over_batch(field: FormField, p: Point) -> Any:
+    def at(q: Point) -> Any:
+        return field(q)
+
+    for _ in p.batch_shape:
+        at = torch.func.vmap(at)
+    return at(p)
+
+
+class SumField(MetricField):
+    """Σ c_i field_i; a metric field if all terms are and all coefficients are positive."""
+
+    def __init__(self, terms: list[tuple[float, FormField]]) -> None:
+        flat: list[tuple[float, FormField]] = []
+        for factor, field in terms:
+            inner = field.terms if isinstance(field, SumField) else [(1.0, field)]
+            flat.extend((factor * c, each) for c, each in inner)
+        homes = {field.home for _, field in flat}
+        home = flat[0][1].home if len(homes) == 1 else flat[0][1].home.reference
+        for other in homes:
+            Transition(home, other)  # raises for another manifold
+        super().__init__(home)
+        self.terms = flat
+        self.constant = all(field.constant and field.home == home for _, field in flat)
+        positive = all(factor > 0 and issubclass(field.value_class, Metric) for factor, field in flat)
+        self.value_class = Metric if positive else Form
+        self.definite = positive and any(field.definite for _, field in flat)
+
+    def parts_at_home(self) -> list[tuple[float, FormField]]:
+        """The terms, each written in the home of the sum."""
+        return [(c, field if field.home == self.home else InChart(field, self.home)) for c, field in self.terms]
+
+    def operator(self, x: Blocks) -> LinearOperator:
+        total: LinearOperator | None = None
+        for factor, field in self.parts_at_home():
+            term = ops.times(factor, field.operator(x), positive=factor > 0)
+            total = term if total is None else ops.plus(total, term, definite=self.definite)
+        assert total is not None
+        return total
+
+    def product(self, x: Blocks, v: Blocks) -> Blocks:
+        total: Blocks | None = None
+        for factor, field in self.parts_at_home():
+            term = field.product(x, v)
+            total = scale(factor, term) if total is None else axpy(factor, term, total)
+        assert total is not None
+        return total
+
+
+class InChart(MetricField):
+    """A field computed in its own home and written in another chart: J⁻ᵀ G J⁻¹ on plain blocks."""
+
+    def __init__(self, field: FormField, home: Chart) -> None:
+        super().__init__(home)
+        self.field = field
+        self.value_class = field.value_class
+        self.definite = field.definite
+        self.way = Transition(home, field.home)
+
+    def product(self, x: Blocks, v: Blocks) -> Blocks:
+        return self.way.pull(x, self.field.product(self.way(x), self.way.push(x, v)))
+
+    def operator(self, x: Blocks) -> LinearOperator:
+        return FieldOperator(self, x, definite=self.definite)
+
+
+class FieldOperator(ops.Implicit):
+    """The value of a field at a point, by the field's own products."""
+
+    def __init__(self, field: FormField, x: Blocks, *, definite: bool = False) -> None:
+        super().__init__(field.home.layout, x, symmetric=True, definite=definite)
+        self.field = field
+
+    def mv(self, v: Blocks) -> Blocks:
+        return self.field.product(self.x, v)
+
+
+class Conformal(MetricField):
+    """h G."""
+
+    def __init__(self, factor: ScalarField, field: FormField) -> None:
+        super().__init__(field.home)
+        self.factor, self.field = factor.in_home(field.home), field
+        self.value_class = field.value_class
+
+    def operator(self, x: Blocks) -> LinearOperator:
+        h = derivatives.value(self.factor.parts(), x)
+        if is_wrapped({"": h}):
+            positive = False
+        else:
+            positive = bool(h > 0)
+            if issubclass(self.value_class, Metric) and not positive:
+                raise GeometryError(
+                    f"a conformal factor must be positive, found {float(h):.6g}: otherwise h G is not a metric. Use field.map(torch.exp)."
+                )
+        return ops.times(h, self.field.operator(x), positive=positive)
+
+    def product(self, x: Blocks, v: Blocks) -> Blocks:
+        return scale(derivatives.value(self.factor.parts(), x), self.field.product(x, v))
+
+
+class FunctionMetric(MetricField):
+    """The metric field whose matrix in `home` is ``fn(components)``: a (d, d) or (*s, *s) tensor, or nested dicts."""
+
+    def __init__(self, home: Chart, fn: Callable[[Any], Any]) -> None:
+        super().__init__(home)
+        self.fn = fn
+
+    def operator(self, x: Blocks) -> LinearOperator:
+        matrix: Tensor | Any = self.fn(self.home.unpack(x))
+        op = as_operator(self.home, matrix, "a metric field")
+        if not op.symmetric and not is_wrapped({"": op.like}):
+            raise GeometryError(
+                "the function of a metric field returned a matrix that is not symmetric. An inner product does not depend on the order "
+                "of its arguments; return 0.5 * (M + M.mT)."
+            )
+        op.symmetric = True
+        return op
+
+
+makers["metric_field"] = FunctionMetric

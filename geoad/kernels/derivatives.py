@@ -1,0 +1,83 @@
+"""Derivatives of sums of functions of plain blocks: plain tensors in and out, one part at a time.
+
+A *part* is ``(coefficient, function of blocks)``; an objective is an iterable of parts (the batches of a data set), so
+memory is bounded by the largest part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoad.errors import GeometryError
+from geoad.params import Blocks, axpy, scale
+
+__all__ = ["Part", "gradient", "hessian_product", "value", "value_and_gradient"]
+
+Part = tuple[float, Callable[[Blocks], Tensor]]
+
+
+def _scalar(result: Any) -> Tensor:
+    if not isinstance(result, Tensor) or result.ndim != 0:
+        found = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise GeometryError(
+            f"a scalar field must return a 0-dimensional tensor, found {found}. Its differential is a covector only for a single "
+            "number; reduce the result (.sum(), .mean()), or use geoad.jacobian for maps into a space."
+        )
+    return result
+
+
+def value(parts: Iterable[Part], x: Blocks) -> Tensor:
+    """Σ c f(x)."""
+    total: Tensor | None = None
+    for coefficient, fn in parts:
+        part = _scalar(fn(x))
+        part = part if coefficient == 1 else coefficient * part
+        total = part if total is None else total + part
+    return _require(total)
+
+
+def _require(total: Any) -> Any:
+    if total is None:
+        raise GeometryError(
+            "the data set is empty: there is no batch to evaluate the loss on, and a mean over nothing is undefined. Pass a "
+            "loader that yields at least one batch."
+        )
+    return total
+
+
+def gradient(parts: Iterable[Part], x: Blocks) -> Blocks:
+    """Σ c ∇f(x)."""
+    return value_and_gradient(parts, x)[1]
+
+
+def value_and_gradient(parts: Iterable[Part], x: Blocks) -> tuple[Tensor, Blocks]:
+    """Σ c f(x) and its gradient."""
+    total: tuple[Tensor, Blocks] | None = None
+    for coefficient, fn in parts:
+
+        def with_value(blocks: Blocks, fn: Callable[[Blocks], Tensor] = fn) -> tuple[Tensor, Tensor]:
+            result = _scalar(fn(blocks))
+            return result, result
+
+        differential: Any = torch.func.grad(with_value, has_aux=True)
+        slope, result = differential(x)
+        if coefficient != 1:
+            slope, result = scale(coefficient, slope), coefficient * result
+        total = (result, slope) if total is None else (total[0] + result, axpy(1.0, total[1], slope))
+    return _require(total)
+
+
+def hessian_product(parts: Iterable[Part], x: Blocks, v: Blocks) -> Blocks:
+    """Σ c ∇²f(x) v, forward over reverse."""
+    total: Blocks | None = None
+    for coefficient, fn in parts:
+        differential: Any = torch.func.grad(fn)
+        product: Blocks = torch.func.jvp(differential, (x,), (v,))[1]
+        if coefficient != 1:
+            product = scale(coefficient, product)
+        total = product if total is None else axpy(1.0, total, product)
+    return _require(total)

@@ -1,0 +1,333 @@
+"""Solving A x = b, the inverse as an operator, and log-determinants."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoad.errors import GeometryError, SingularMetricError
+from geoad.operators.algebra import DENSE_LIMIT, require_small, to_dense
+from geoad.operators.base import Dense, Diagonal, LinearOperator, Multiple, Product, Transpose
+from geoad.params import Blocks, axpy, dot, is_wrapped, map_blocks, scale
+
+__all__ = ["CG", "Inverse", "densify", "inverse", "slogdet", "solve"]
+
+_log = logging.getLogger("geoad")
+
+_NOT_POSITIVE = (
+    "the {what} is not positive definite{detail}, so it has no inverse that could turn a differential into a vector. Fisher and "
+    "GGN matrices are semidefinite as a rule. Add damping, which here means a multiple of the reference metric and moves along: "
+    "field + lam * geoad.metrics.Euclidean(theta), or G.solve(w, damping=lam)."
+)
+
+
+@dataclass(frozen=True)
+class CG:
+    """Conjugate gradients for symmetric positive definite operators, run in the chart where the operator was made.
+
+    Args:
+        tol: stop when |A x - b| ≤ tol |b|, in the components of that chart.
+        max_iter: an error is raised if this many steps do not suffice; None means 10 d.
+    """
+
+    tol: float = 1e-10
+    max_iter: int | None = None
+
+    def __call__(self, operator: LinearOperator, b: Blocks) -> Blocks:
+        """The solution of A x = b."""
+        x = scale(0.0, b)
+        residual, direction = b, b
+        rho = target = dot(b, b)
+        if float(target) == 0:
+            return x
+        limit = self.max_iter or 10 * operator.dim
+        for _ in range(limit):
+            image = operator.mv(direction)
+            curvature = dot(direction, image)
+            if not float(curvature) > 0:
+                raise SingularMetricError(
+                    _NOT_POSITIVE.format(what="operator", detail=f" (found vᵀAv = {float(curvature):.3g})")
+                )
+            alpha = rho / curvature
+            x = axpy(alpha, direction, x)
+            residual = axpy(-alpha, image, residual)
+            rho, old = dot(residual, residual), rho
+            if float(rho) <= self.tol**2 * float(target):
+                return x
+            direction = axpy(rho / old, direction, residual)
+        raise SingularMetricError(
+            f"conjugate gradients did not reach {self.tol:g} in {limit} steps (relative residual "
+            f"{math.sqrt(float(rho) / float(target)):.2g}). The operator is close to singular; increase the damping, or pass "
+            "method=geoad.operators.CG(tol=..., max_iter=...)."
+        )
+
+
+def solve(operator: LinearOperator, b: Blocks, *, positive: bool = False, method: CG | None = None) -> Blocks:
+    """x with A x = b.
+
+    Args:
+        positive: A must be symmetric positive definite; raise `SingularMetricError` otherwise.
+        method: iterate instead of factorising.
+    """
+    if method is not None:
+        return method(operator, b)
+    return _solve(operator, b, positive)
+
+
+@singledispatch
+def _solve(operator: LinearOperator, b: Blocks, positive: bool) -> Blocks:
+    if operator.dim > DENSE_LIMIT:
+        if not operator.symmetric:
+            require_small(operator, "solving with a non-symmetric operator")
+        return CG()(operator, b)
+    return _solve(densify(operator), b, positive)
+
+
+def densify(operator: LinearOperator) -> Dense:
+    """The operator with its matrix stored; remembered on the operator, so that factorisations are reused."""
+    if isinstance(operator, Dense):
+        return operator
+    known: Dense | None = getattr(operator, "dense", None)
+    if known is None:
+        matrix = to_dense(operator)
+        known = Dense(operator.layout, matrix, symmetric=operator.symmetric, definite=operator.definite)
+        if not is_wrapped({"": matrix}):
+            operator.dense = known  # pyright: ignore[reportAttributeAccessIssue]
+    return known
+
+
+@_solve.register
+def _(operator: Multiple, b: Blocks, positive: bool) -> Blocks:
+    _check_diagonal(operator.factor, positive)
+    return scale(1 / operator.factor, b)
+
+
+@_solve.register
+def _(operator: Diagonal, b: Blocks, positive: bool) -> Blocks:
+    for entries in operator.entries.values():
+        _check_diagonal(entries, positive)
+    return map_blocks(torch.div, b, operator.entries)
+
+
+def _check_diagonal(entries: Tensor, positive: bool) -> None:
+    if is_wrapped({"": entries}):
+        return
+    good = entries > 0 if positive else entries != 0
+    if not bool(good.all()):
+        worst = float(entries.min()) if positive else 0.0
+        detail = f" (an entry of its diagonal is {worst:.3g})"
+        raise SingularMetricError(_NOT_POSITIVE.format(what="diagonal operator", detail=detail))
+
+
+@_solve.register
+def _(operator: Product, b: Blocks, positive: bool) -> Blocks:
+    return _solve(operator.right, _solve(operator.left, b, False), False)
+
+
+@_solve.register
+def _(operator: Transpose, b: Blocks, positive: bool) -> Blocks:
+    return _solve(Dense(operator.layout, to_dense(operator)), b, positive)
+
+
+@_solve.register
+def _(operator: Dense, b: Blocks, positive: bool) -> Blocks:
+    flat = operator.layout.ravel(b).unsqueeze(-1)
+    kind, factor = _factorise(operator, positive)
+    if kind == "cholesky":
+        size, lower = factor
+        x = torch.cholesky_solve(flat / size.unsqueeze(-1), lower) / size.unsqueeze(-1)
+    else:
+        size, lu, pivots = factor
+        x = torch.linalg.lu_solve(lu, pivots, flat / size.unsqueeze(-1))
+    return operator.layout.unravel(x.squeeze(-1))
+
+
+def _factorise(operator: Dense, positive: bool) -> tuple[str, Any]:
+    """A factorisation of the equilibrated matrix, kept on the operator."""
+    known: Any = operator.factor
+    if known is not None and (known[0] == "cholesky" or not positive):
+        return known
+    matrix = operator.matrix
+    wrapped = is_wrapped({"": matrix})
+    if positive or operator.definite:
+        found = ("cholesky", _cholesky(matrix, wrapped))
+    else:
+        found = ("lu", _lu(matrix, wrapped))
+    if not wrapped and not matrix.requires_grad:
+        operator.factor = found
+    return found
+
+
+def _noise(matrix: Tensor) -> float:
+    """Pivots of an equilibrated matrix below this are rounding noise."""
+    return 4 * math.sqrt(matrix.shape[-1]) * torch.finfo(matrix.dtype).eps
+
+
+def _cholesky(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor]:
+    """Jacobi-scaled Cholesky factor: A = S L Lᵀ S, with unit diagonal in the middle."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    if not wrapped:
+        _require_finite(matrix)
+        smallest = float(diagonal.min())
+        if not smallest > 0:
+            raise SingularMetricError(
+                _NOT_POSITIVE.format(what="metric", detail=f" (an entry of its diagonal is {smallest:.3g})")
+            )
+    size = diagonal.sqrt()
+    lower, info = torch.linalg.cholesky_ex(matrix / size.unsqueeze(-1) / size.unsqueeze(-2))
+    if not wrapped:
+        pivot = float(lower.diagonal(dim1=-2, dim2=-1).min()) ** 2
+        if bool((info != 0).any()):
+            raise SingularMetricError(_NOT_POSITIVE.format(what="metric", detail=" (its Cholesky factorisation fails)"))
+        if pivot <= _noise(matrix):
+            detail = f" to working precision (smallest relative pivot {pivot:.2g})"
+            raise SingularMetricError(_NOT_POSITIVE.format(what="metric", detail=detail))
+    return size, lower
+
+
+def _lu(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Row-scaled LU factors."""
+    if not wrapped:
+        _require_finite(matrix)
+    size = matrix.abs().amax(-1)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    lu, pivots, _ = torch.linalg.lu_factor_ex(matrix / size.unsqueeze(-1))
+    if not wrapped:
+        diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
+        if bool((diagonal.amin(-1) <= _noise(matrix) * diagonal.amax(-1)).any()):
+            raise SingularMetricError(
+                f"the operator is singular to working precision (smallest LU pivot {float(diagonal.min()):.2g}), so the "
+                "equation has no unique solution. Add a multiple of a metric: B + lam * G, or damping=lam."
+            )
+    return size, lu, pivots
+
+
+def _require_finite(matrix: Tensor) -> None:
+    if not bool(matrix.isfinite().all()):
+        raise GeometryError(
+            "the matrix has entries that are not finite (NaN or infinity), so it cannot be factorised. Check data and "
+            "parameters for NaN, and the point for overflow."
+        )
+
+
+class Inverse(LinearOperator):
+    """A⁻¹, by solving with A. `positive` demands a positive definite A."""
+
+    def __init__(self, operator: LinearOperator, *, positive: bool = False) -> None:
+        self.layout = operator.layout
+        self.operator = operator
+        self.positive = positive
+        self.symmetric = operator.symmetric
+        self.definite = operator.definite or positive
+
+    @property
+    def like(self) -> Tensor:
+        return self.operator.like
+
+    @property
+    def materialised(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A factorised matrix counts as stored."""
+        return self.operator.materialised
+
+    def mv(self, v: Blocks) -> Blocks:
+        return solve(self.operator, v, positive=self.positive)
+
+    def rmv(self, w: Blocks) -> Blocks:
+        if self.symmetric:
+            return self.mv(w)
+        return solve(Transpose(self.operator), w)
+
+
+@to_dense.register
+def _(operator: Inverse) -> Tensor:
+    inner = densify(operator.operator)
+    rows = torch.eye(inner.dim, dtype=inner.like.dtype, device=inner.like.device)
+    if inner.matrix.ndim > 2:
+        return torch.linalg.inv(inner.matrix)
+    kind, factor = _factorise(inner, operator.positive)
+    if kind == "cholesky":
+        size, lower = factor
+        result = torch.cholesky_inverse(lower) / size.unsqueeze(-1) / size.unsqueeze(-2)
+    else:
+        size, lu, pivots = factor
+        result = torch.linalg.lu_solve(lu, pivots, rows / size.unsqueeze(-1))
+    return 0.5 * (result + result.mT) if inner.symmetric else result
+
+
+def inverse(operator: LinearOperator, *, positive: bool = False) -> LinearOperator:
+    """A⁻¹ in the structure of A. Factorises at once where that is cheap to check: a singular A is refused here."""
+    layout = operator.layout
+    match operator:
+        case Inverse():
+            return operator.operator
+        case Multiple():
+            _check_diagonal(operator.factor, positive)
+            return Multiple(layout, 1 / operator.factor, definite=operator.definite or positive)
+        case Diagonal():
+            for entries in operator.entries.values():
+                _check_diagonal(entries, positive)
+            return Diagonal(layout, map_blocks(torch.reciprocal, operator.entries), definite=operator.definite or positive)
+        case Dense():
+            _factorise(operator, positive)
+            return Inverse(operator, positive=positive)
+        case _:
+            return Inverse(operator, positive=positive)
+
+
+@singledispatch
+def slogdet(operator: LinearOperator) -> tuple[Tensor, Tensor]:
+    """(sign, log |det A|)."""
+    require_small(operator, "the determinant")
+    return slogdet(densify(operator))
+
+
+@slogdet.register
+def _(operator: Dense) -> tuple[Tensor, Tensor]:
+    if operator.definite and not is_wrapped({"": operator.matrix}):
+        size, lower = _factorise(operator, True)[1]
+        logdet = 2 * (lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) + size.log().sum(-1))
+        return torch.ones_like(logdet), logdet
+    if operator.symmetric and not is_wrapped({"": operator.matrix}):
+        # eigenvalues tell a singular matrix from a tiny determinant more reliably than LU pivots
+        values = torch.linalg.eigvalsh(operator.matrix)
+        size = values.abs().amax(-1, keepdim=True)
+        zero = values.abs() <= operator.dim * torch.finfo(values.dtype).eps * size
+        values = torch.where(zero, torch.zeros_like(values), values)
+        return values.sign().prod(-1), values.abs().log().sum(-1)
+    result: Any = torch.linalg.slogdet(operator.matrix)
+    return result.sign, result.logabsdet
+
+
+@slogdet.register
+def _(operator: Diagonal) -> tuple[Tensor, Tensor]:
+    flat = operator.layout.ravel(operator.entries)
+    return flat.sign().prod(-1), flat.abs().log().sum(-1)
+
+
+@slogdet.register
+def _(operator: Multiple) -> tuple[Tensor, Tensor]:
+    sign = operator.factor.sign()
+    return (sign if operator.dim % 2 else sign * sign), operator.dim * operator.factor.abs().log()
+
+
+@slogdet.register
+def _(operator: Product) -> tuple[Tensor, Tensor]:
+    left, right = slogdet(operator.left), slogdet(operator.right)
+    return left[0] * right[0], left[1] + right[1]
+
+
+@slogdet.register
+def _(operator: Inverse) -> tuple[Tensor, Tensor]:
+    sign, logabsdet = slogdet(operator.operator)
+    return sign, -logabsdet
+
+
+@slogdet.register
+def _(operator: Transpose) -> tuple[Tensor, Tensor]:
+    return slogdet(operator.operator)

@@ -1,0 +1,239 @@
+"""Dictionaries of tensors as vectors: the layout of a coordinate system and the algebra of its components.
+
+A *layout* is the ordered list of the blocks of a chart with their shapes. Components in it are a plain
+``dict[str, Tensor]``. Axes in front of a block's own shape are batch axes. This module is the only user of
+``torch.utils._pytree``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateImportUsage]
+
+from geoad.errors import GeometryError
+
+__all__ = [
+    "Blocks",
+    "Layout",
+    "add",
+    "axpy",
+    "detach",
+    "dot",
+    "equal",
+    "first",
+    "is_wrapped",
+    "map_blocks",
+    "register_pytree",
+    "scale",
+    "sub",
+    "zeros_like",
+]
+
+Blocks = dict[str, Tensor]
+
+
+class Layout(Mapping[str, torch.Size]):
+    """Ordered names and shapes of blocks; immutable, hashable, compared by value.
+
+    >>> layout = Layout({"w": (2, 3), "b": (2,)})
+    >>> layout.dim, layout.names
+    (8, ('w', 'b'))
+    """
+
+    __slots__ = ("_hash", "_shapes", "dim", "names", "sizes")
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        if not shapes:
+            raise GeometryError(
+                "a coordinate system needs at least one block, but none was given. Without coordinates there is "
+                "nothing to differentiate; for a module, check that some parameter has requires_grad=True or is "
+                "selected by params=."
+            )
+        self._shapes = {str(name): torch.Size(shape) for name, shape in shapes.items()}
+        self.names: tuple[str, ...] = tuple(self._shapes)
+        self.sizes: tuple[int, ...] = tuple(shape.numel() for shape in self._shapes.values())
+        self.dim: int = sum(self.sizes)
+        self._hash = hash(tuple(self._shapes.items()))
+
+    def __getitem__(self, name: str) -> torch.Size:
+        return self._shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Layout) and list(self._shapes.items()) == list(other._shapes.items())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, ({name: tuple(shape) for name, shape in self._shapes.items()},)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}: {tuple(shape)}" for name, shape in self._shapes.items())
+        return f"Layout({inside})"
+
+    def restrict(self, names: Sequence[str]) -> Layout:
+        """The layout of some of the blocks, in the order of this layout."""
+        return Layout({name: self._shapes[name] for name in self.names if name in set(names)})
+
+    def offsets(self) -> dict[str, slice]:
+        """Where each block lies in the raveled vector."""
+        slices: dict[str, slice] = {}
+        start = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            slices[name] = slice(start, start + size)
+            start += size
+        return slices
+
+    def batch_shape(self, blocks: Blocks) -> torch.Size:
+        """The shape of the leading axes of `blocks` (from the first block)."""
+        name = self.names[0]
+        block = blocks[name]
+        return block.shape[: block.ndim - len(self._shapes[name])]
+
+    def ravel(self, blocks: Blocks) -> Tensor:
+        """All blocks as one tensor of shape (*batch, dim), in the order of the layout."""
+        parts: list[Tensor] = []
+        for name, shape in self._shapes.items():
+            block = blocks[name]
+            parts.append(block.reshape(*block.shape[: block.ndim - len(shape)], shape.numel()))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def unravel(self, vector: Tensor) -> Blocks:
+        """The inverse of `ravel`."""
+        parts = vector.split(self.sizes, dim=-1)
+        return {
+            name: part.reshape(*part.shape[:-1], *shape)
+            for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
+        }
+
+    def check(self, blocks: Mapping[str, Tensor], what: str) -> Blocks:
+        """`blocks` in the order of the layout, or an error that names the block that does not fit."""
+        missing = [name for name in self.names if name not in blocks]
+        extra = [name for name in blocks if name not in self._shapes]
+        if missing or extra:
+            raise GeometryError(
+                f"{what}: the blocks do not fit. Missing: {missing or 'none'}; unknown: {extra or 'none'}; "
+                f"the chart has {list(self.names)}. Pass a dict with exactly these names."
+            )
+        batch: torch.Size | None = None
+        for name, shape in self._shapes.items():
+            block = blocks[name]
+            split = block.ndim - len(shape)
+            if split < 0 or block.shape[split:] != shape:
+                raise GeometryError(
+                    f"{what}: block '{name}' has shape {tuple(block.shape)}, but the chart's block has shape "
+                    f"{tuple(shape)} (axes in front of it are batch axes). Reshape the block."
+                )
+            if batch is not None and block.shape[:split] != batch:
+                raise GeometryError(
+                    f"{what}: block '{name}' has batch shape {tuple(block.shape[:split])}, others have {tuple(batch)}. "
+                    "All blocks of one object share their batch axes; expand the block."
+                )
+            batch = block.shape[:split]
+        return {name: blocks[name] for name in self.names}
+
+
+def map_blocks(fn: Callable[..., Tensor], *blocks: Blocks) -> Blocks:
+    """Apply `fn` block by block."""
+    return {name: fn(*(each[name] for each in blocks)) for name in blocks[0]}
+
+
+def add(a: Blocks, b: Blocks) -> Blocks:
+    """a + b."""
+    return {name: block + b[name] for name, block in a.items()}
+
+
+def sub(a: Blocks, b: Blocks) -> Blocks:
+    """a - b."""
+    return {name: block - b[name] for name, block in a.items()}
+
+
+def scale(factor: float | Tensor, a: Blocks) -> Blocks:
+    """factor * a, for a scalar factor."""
+    return {name: factor * block for name, block in a.items()}
+
+
+def axpy(factor: float | Tensor, a: Blocks, b: Blocks) -> Blocks:
+    """factor * a + b, for a scalar factor."""
+    return {name: factor * block + b[name] for name, block in a.items()}
+
+
+def dot(a: Blocks, b: Blocks) -> Tensor:
+    """The sum of the products of all components (no batch axes)."""
+    products = [(block * b[name]).sum() for name, block in a.items()]
+    return products[0] if len(products) == 1 else torch.stack(products).sum()
+
+
+def zeros_like(a: Blocks) -> Blocks:
+    """Zeros in the shape of `a`."""
+    return {name: torch.zeros_like(block) for name, block in a.items()}
+
+
+def detach(a: Blocks) -> Blocks:
+    """`a` cut from the autograd graph."""
+    return {name: block.detach() for name, block in a.items()}
+
+
+def first(a: Blocks) -> Tensor:
+    """The first block: tells dtype and device."""
+    return next(iter(a.values()))
+
+
+def is_wrapped(a: Blocks) -> bool:
+    """True if a functorch transform or the compiler is looking: values must not be read, nothing may be remembered."""
+    if torch.compiler.is_compiling():
+        return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+    # leaves that are no tensors are put there by pytree utilities (axis numbers, specs)
+    return any(not isinstance(block, Tensor) or bool(wrapped(block)) for block in a.values())
+
+
+def _unwrap(tensor: Tensor) -> Tensor:
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def equal(a: Blocks, b: Blocks) -> bool:
+    """True if all values agree bit for bit (looks through functorch wrappers)."""
+    if a is b:
+        return True
+    if a.keys() != b.keys():
+        return False
+    for name, block in a.items():
+        other = b[name]
+        if block is other:
+            continue
+        block, other = _unwrap(block.detach()), _unwrap(other.detach())
+        if block.shape != other.shape or block.dtype != other.dtype or block.device != other.device:
+            return False
+        if not torch.equal(block, other):
+            return False
+    return True
+
+
+def register_pytree(
+    cls: type,
+    flatten: Callable[[Any], tuple[list[Any], Any]],
+    unflatten: Callable[[Any, Any], Any],
+) -> None:
+    """Make `cls` a pytree node, so that it crosses the border of `torch.func` transforms and `torch.compile`."""
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        lambda children, context: unflatten(list(children), context),
+        serialized_type_name=f"geoad.{cls.__name__}",
+    )

@@ -1,0 +1,22 @@
+"""The typed objects and their typing table."""
+
+from geoad.tensors import gate as _gate  # fills the gate  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from geoad.tensors.base import Axis as Axis
+from geoad.tensors.base import TensorType as TensorType
+from geoad.tensors.base import TypedTensor as TypedTensor
+from geoad.tensors.base import describe as describe
+from geoad.tensors.base import require_same_place as require_same_place
+from geoad.tensors.densities import Density as Density
+from geoad.tensors.densities import LogDensity as LogDensity
+from geoad.tensors.forms import Cometric as Cometric
+from geoad.tensors.forms import Endomorphism as Endomorphism
+from geoad.tensors.forms import Form as Form
+from geoad.tensors.forms import Metric as Metric
+from geoad.tensors.forms import as_operator as as_operator
+from geoad.tensors.forms import reference_metric as reference_metric
+from geoad.tensors.general import GeoTensor as GeoTensor
+from geoad.tensors.general import build as build
+from geoad.tensors.rank1 import Covector as Covector
+from geoad.tensors.rank1 import Rank1 as Rank1
+from geoad.tensors.rank1 import Vector as Vector
+from geoad.tensors.rank2 import Rank2 as Rank2

@@ -1,0 +1,167 @@
+"""A tensor of any type: Jacobians between spaces, third covariant derivatives, frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from geoad import operators as ops
+from geoad import transport
+from geoad.charts import Chart, Point
+from geoad.errors import BasePointError, ChartMismatchError, VarianceError
+from geoad.params import is_wrapped, register_pytree
+from geoad.tensors.base import Axis, TypedTensor, describe
+from geoad.tensors.rank1 import Covector, Rank1, Vector
+from geoad.tensors.rank2 import Rank2, class_of
+
+__all__ = ["GeoTensor", "as_general", "build", "dense_of"]
+
+
+class GeoTensor(TypedTensor):
+    """Dense components (*batch, n_1, ..., n_k), each axis raveled in the order of its chart and with its own type.
+
+    ``chart`` and ``at`` are those of the base manifold (the parameters); axes may belong to other spaces too, for instance
+    the outputs of a network: the Jacobian of a map f is of type [out^, θ_].
+    """
+
+    __slots__ = ("_axes", "data")
+
+    data: Tensor
+    _axes: tuple[Axis, ...]
+
+    def __init__(self, data: Tensor, axes: Sequence[Axis], at: Point) -> None:
+        self._put(chart=at.chart, at=at, data=data, _axes=tuple(axes))
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self._axes
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.data.shape[: self.data.ndim - len(self._axes)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to_dense(self) -> Tensor:
+        """The components, one raveled axis for each index."""
+        return self.data
+
+    ravel = to_dense
+
+    @property
+    def components(self) -> Any:
+        """The plain numbers; axes of free charts with one block get the shape of that block."""
+        shape = list(self.batch_shape)
+        for axis in self._axes:
+            if axis.chart is not None and axis.chart.plain:
+                layout = axis.chart.layout
+                shape.extend(layout[layout.names[0]])
+            else:
+                shape.append(axis.size)
+        return self.data.reshape(shape)
+
+    def __repr__(self) -> str:
+        indices = ", ".join(str(axis) for axis in self._axes)
+        batch = f", batch={tuple(self.batch_shape)}" if self.batch_shape else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"GeoTensor([{indices}], {tuple(axis.size for axis in self._axes)}{batch}, {dtype}, {self.device})"
+
+    def _to_chart(self, chart: Chart) -> Self:
+        self.at.check_fresh()
+        if not any(axis.chart is not None and axis.chart.reference == chart.reference for axis in self._axes) and (
+            self.chart.reference != chart.reference
+        ):
+            raise ChartMismatchError(
+                f"cannot move {describe(self)} to chart '{chart.name}': none of its axes [{', '.join(map(str, self._axes))}] belongs "
+                "to that manifold. Only axes of the target chart's own manifold move."
+            )
+        if self.chart.reference != chart.reference:
+            raise BasePointError(
+                f"cannot move the axes of {describe(self)} that belong to the space of chart '{chart.name}': the base point there "
+                "is not known. Contract them, or move the components yourself."
+            )
+        ups = [axis.up if axis.chart == self.chart else None for axis in self._axes]
+        axes = [Axis(chart, axis.up, axis.size) if axis.chart == self.chart else axis for axis in self._axes]
+        return type(self)(transport.dense(self.data, ups, self.at, chart), axes, self.at.to(chart))
+
+    def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
+        return type(self)(self.data.to(device, dtype), self._axes, self.at.to(dtype=dtype, device=device))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(fn(self.data), self._axes, self.at)
+
+    def carry(self, *, to: Point, chart: Chart) -> Self:
+        """The object at point `to` with the same components *in `chart`*."""
+        here = self.to(chart)
+        return type(self)(here.data, here._axes, to.to(chart)).to(to.chart)
+
+    def mv(self, other: TypedTensor) -> Any:
+        """Contract the last index with the first of `other`: the same as ``self @ other``."""
+        return self @ other
+
+    @property
+    def mT(self) -> Self:
+        """The transpose of a tensor with two indices."""
+        if len(self._axes) != 2:
+            raise VarianceError(f"the transpose is for two indices, {describe(self)} has {len(self._axes)}. Use torch.permute.")
+        return type(self)(self.data.mT, self._axes[::-1], self.at)
+
+    T = mT
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.data, self._axes, self.at)
+
+
+def dense_of(tensor: TypedTensor) -> Tensor:
+    """The dense components (*batch, n_1, ..., n_k) of any typed object, in its chart."""
+    match tensor:
+        case Rank1():
+            return tensor.ravel()
+        case Rank2():
+            ops.require_small(tensor.op, "a general contraction")
+            return tensor.to_dense()
+        case GeoTensor():
+            return tensor.data
+        case _:
+            return tensor.components  # pyright: ignore
+
+
+def as_general(tensor: TypedTensor) -> GeoTensor:
+    """Any typed object as a `GeoTensor`."""
+    return tensor if isinstance(tensor, GeoTensor) else GeoTensor(dense_of(tensor), tensor.axes, tensor.at)
+
+
+def build(data: Tensor, axes: Sequence[Axis], at: Point, *, symmetric: bool = False) -> Any:
+    """The object with these axes, in its most special class; a plain tensor if no typed axis remains."""
+    if all(axis.chart is None for axis in axes):
+        return data
+    own = all(axis.chart is not None and axis.chart == at.chart for axis in axes)
+    if own and len(axes) == 1:
+        return (Vector if axes[0].up else Covector)(at.chart, at.chart.layout.unravel(data), at)
+    if own and len(axes) == 2:
+        cls, ups = class_of((axes[0].up, axes[1].up))
+        op = ops.Dense(at.chart.layout, data, symmetric=symmetric and ups[0] == ups[1])
+        return cls(at.chart, op, at, ups=ups)
+    return GeoTensor(data, axes, at)
+
+
+def _flatten(tensor: GeoTensor) -> tuple[list[Any], Any]:
+    if is_wrapped(tensor.at.blocks) or tensor.at.batch_shape:
+        return [tensor.data, tensor.at], (tensor.axes, None)
+    return [tensor.data], (tensor.axes, tensor.at)
+
+
+register_pytree(
+    GeoTensor,
+    _flatten,
+    lambda children, context: GeoTensor(children[0], context[0], context[1] if context[1] is not None else children[1]),
+)

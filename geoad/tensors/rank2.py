@@ -1,0 +1,252 @@
+"""Bilinear forms, metrics, cometrics and endomorphisms: two typed axes around an operator.
+
+The numbers stay in the chart where they were made (``home``); ``chart`` says how the object is seen. Moving it costs
+nothing, products move their argument home and the result back, and everything invariant (trace, eigenvalues, solves,
+random roots) is computed at home and is therefore the same number in every chart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from geoad import operators as ops
+from geoad import transport
+from geoad.charts import Chart, Point, same_point
+from geoad.errors import VarianceError
+from geoad.operators import LinearOperator
+from geoad.params import Blocks
+from geoad.tensors.base import Axis, TypedTensor, describe, require_same_place
+from geoad.tensors.moved import Moved
+from geoad.tensors.rank1 import Covector, Rank1, Vector
+
+__all__ = ["Rank2", "common_home"]
+
+
+class Rank2(TypedTensor):
+    """Two typed axes of one manifold, e.g. the (1,1) tensor of type [_,^] that acts on covectors.
+
+    Attributes:
+        ups: variance of the first and the second axis (True is up).
+        home: the chart in which ``op`` holds the numbers.
+    """
+
+    __slots__ = ("home", "op", "ups")
+
+    kind: ClassVar[tuple[bool, bool] | None] = None
+    home: Chart
+    op: LinearOperator
+    ups: tuple[bool, bool]
+
+    def __init__(
+        self, chart: Chart, op: LinearOperator, at: Point, *, home: Chart | None = None, ups: tuple[bool, bool] | None = None
+    ) -> None:
+        self._put(chart=chart, op=op, at=at, home=home or chart, ups=ups or self.kind)
+
+    # -- type and numbers ----------------------------------------------------------------------------------------------
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        dim = self.chart.dim
+        return tuple(Axis(self.chart, up, dim) for up in self.ups)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        if isinstance(self.op, ops.Dense):
+            return self.op.matrix.shape[:-2]
+        if isinstance(self.op, ops.Diagonal):
+            return self.home.layout.batch_shape(self.op.entries)
+        return self.at.batch_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.op.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.op.like.device
+
+    @property
+    def operator(self) -> LinearOperator:
+        """The operator on plain blocks in this chart; a lazy congruence where the object was made in another one."""
+        return self.operator_in(self.chart)
+
+    def operator_in(self, chart: Chart) -> LinearOperator:
+        """The operator on plain blocks in `chart`, in its structure where the map keeps it."""
+        if chart == self.home:
+            return self.op
+        return Moved.of(self.op, self.ups, self.at.to(self.home), chart)
+
+    def to_dense(self) -> Tensor:
+        """The matrix in this chart, shape (*batch, d, d), in the order of the chart."""
+        home = ops.densify(self.op).matrix if not isinstance(self.op, ops.Dense) else self.op.matrix
+        if self.chart == self.home:
+            return home
+        return transport.dense(home, self.ups, self.at.to(self.home), self.chart)
+
+    ravel = to_dense
+
+    @property
+    def components(self) -> Any:
+        """The plain numbers: shape (*s, *s) for a free chart with one block of shape s, else dicts [row][column].
+
+        Refused above a size for matrix-free objects; use ``.operator`` there.
+        """
+        ops.require_small(self.op, "components")
+        layout, matrix = self.chart.layout, self.to_dense()
+        batch = matrix.shape[:-2]
+        if self.chart.plain:
+            shape = layout[layout.names[0]]
+            return matrix.reshape(*batch, *shape, *shape)
+        slices = layout.offsets()
+        return {
+            row: {
+                column: matrix[..., slices[row], slices[column]].reshape(*batch, *layout[row], *layout[column])
+                for column in layout.names
+            }
+            for row in layout.names
+        }
+
+    def __repr__(self) -> str:
+        made = "" if self.chart == self.home else f", made in '{self.home.name}'"
+        dtype = str(self.dtype).removeprefix("torch.")
+        batch = f", batch={tuple(self.batch_shape)}" if self.batch_shape else ""
+        structure = type(self.op).__name__.lower()
+        name = type(self).__name__ if self.kind is not None else f"Rank2[{''.join('_^'[up] for up in self.ups)}]"
+        return f"{name}('{self.chart.name}', dim={self.chart.dim}{batch}, {structure}{made}, {dtype}, {self.device})"
+
+    # -- moving ----------------------------------------------------------------------------------------------------------
+
+    def _like(self, op: LinearOperator, *, cls: type[Rank2] | None = None, ups: tuple[bool, bool] | None = None) -> Any:
+        return (cls or type(self))(self.chart, op, self.at, home=self.home, ups=ups or (None if cls else self.ups))
+
+    def _to_chart(self, chart: Chart) -> Self:
+        self.at.check_fresh()
+        return type(self)(chart, self.op, self.at.to(chart), home=self.home, ups=self.ups)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        return self._like(_map_operator(self.op, fn))
+
+    def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
+        if dtype == self.dtype and device == self.device:
+            return self
+        op = _map_operator(ops.densify(self.op) if not self.op.materialised else self.op, lambda t: t.to(device, dtype))
+        at = self.at.to(dtype=dtype, device=device)
+        return type(self)(self.chart, op, at, home=self.home, ups=self.ups)
+
+    def carry(self, *, to: Point, chart: Chart) -> Self:
+        """The object at point `to` with the same components *in `chart`*."""
+        op = self.operator_in(chart)
+        if not op.materialised:
+            ops.require_small(op, "carrying a matrix-free object to another point")
+            op = ops.densify(op)
+        there = type(self)(chart, op, to.to(chart), home=chart, ups=self.ups)
+        return there.to(to.chart)
+
+    def materialise(self) -> Self:
+        """The same object with its matrix stored (at home): it no longer holds on to functions and data."""
+        return self._like(ops.densify(self.op))
+
+    # -- products --------------------------------------------------------------------------------------------------------
+
+    def mv(self, other: Rank1) -> Any:
+        """Contract the second axis with `other`: the same as ``self @ other``."""
+        if not isinstance(other, Rank1) or other.up == self.ups[1]:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise VarianceError(_wrong_argument(self, other))
+        if self.at is not other.at and not (self.chart == other.chart and same_point(self.at, other.at)):
+            require_same_place(self, other, "contract")
+        result = Vector if self.ups[0] else Covector
+        if self.chart == self.home:
+            return result(self.chart, _batched(self.op.mv, self, other.blocks), other.at)
+        argument = other.to(self.home)
+        return result(self.home, _batched(self.op.mv, self, argument.blocks), argument.at).to(self.chart)
+
+    def compose(self, other: Rank2) -> Any:
+        """Contract the second axis with the first of `other`: the same as ``self @ other``."""
+        if self.ups[1] == other.ups[0]:
+            raise VarianceError(_wrong_argument(self, other))
+        require_same_place(self, other, "contract")
+        home, a, b = common_home(self, other)
+        cls, ups = class_of((self.ups[0], other.ups[1]))
+        return cls(self.chart, ops.compose(a, b), self.at, home=home, ups=ups)
+
+    @property
+    def mT(self) -> Any:
+        """The transpose: axes exchanged."""
+        cls, ups = class_of((self.ups[1], self.ups[0]))
+        keep = type(self) if self.ups[0] == self.ups[1] else cls
+        return keep(self.chart, ops.transpose(self.op), self.at, home=self.home, ups=ups)
+
+    T = mT
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._like(copy.deepcopy(self.op, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.chart, self.op, self.at, self.home, self.ups)
+
+
+def _restore(cls: type[Rank2], chart: Chart, op: LinearOperator, at: Point, home: Chart, ups: tuple[bool, bool]) -> Rank2:
+    return cls(chart, op, at, home=home, ups=ups)
+
+
+def _batched(product: Callable[[Blocks], Blocks], tensor: Rank2, blocks: Blocks) -> Blocks:
+    """The product under further batch axes of the argument."""
+    extra = len(tensor.home.layout.batch_shape(blocks)) - len(tensor.batch_shape)
+    if extra > 0 and not isinstance(tensor.op, (ops.Dense, ops.Diagonal, ops.Multiple)):
+        for _ in range(extra):
+            product = torch.func.vmap(product)
+    return product(blocks)
+
+
+def _map_operator(op: LinearOperator, fn: Callable[[Tensor], Tensor]) -> LinearOperator:
+    match op:
+        case ops.Dense():
+            return ops.Dense(op.layout, fn(op.matrix), symmetric=op.symmetric, definite=op.definite)
+        case ops.Diagonal():
+            return ops.Diagonal(op.layout, {n: fn(b) for n, b in op.entries.items()}, definite=op.definite)
+        case ops.Multiple():
+            return ops.Multiple(op.layout, fn(op.factor), definite=op.definite)
+        case ops.Sum():
+            return ops.Sum([(factor, _map_operator(term, fn)) for factor, term in op.terms], definite=op.definite)
+        case ops.Inverse():
+            return ops.Inverse(_map_operator(op.operator, fn), positive=op.positive)
+        case ops.Product():
+            return ops.Product(_map_operator(op.left, fn), _map_operator(op.right, fn))
+        case _:
+            return op
+
+
+def common_home(a: Rank2, b: Rank2) -> tuple[Chart, LinearOperator, LinearOperator]:
+    """A chart and both operators in it: the shared home, or the reference chart."""
+    if a.home == b.home:
+        return a.home, a.op, b.op
+    home = a.chart.reference
+    return home, a.operator_in(home), b.operator_in(home)
+
+
+CLASSES: dict[tuple[bool, bool], type[Rank2]] = {}
+"""Which class stands for which pair of variances; filled by `geoad.tensors.forms`."""
+
+
+def class_of(ups: tuple[bool, bool]) -> tuple[type[Rank2], tuple[bool, bool]]:
+    """The class for a pair of variances."""
+    return CLASSES.get(ups, Rank2), ups
+
+
+def _wrong_argument(tensor: Rank2, other: object) -> str:
+    second = "upper" if tensor.ups[1] else "lower"
+    wanted = "a Covector (or another lower index)" if tensor.ups[1] else "a Vector (or another upper index)"
+    hint = "convert it with metric.sharp / metric.flat"
+    if isinstance(other, TypedTensor) and not isinstance(other, (Rank1, Rank2)):
+        hint = "use torch.einsum for general tensors"
+    elif isinstance(other, Tensor):
+        hint = "give the numbers their type first: chart.vector(x, at=p) or chart.covector(x, at=p)"
+    return (
+        f"cannot contract the second index of {describe(tensor)} (a {second} index) with {describe(other)}: it takes {wanted}. "
+        f"A sum over two indices of the same variance depends on the chart; insert a metric, or {hint}."
+    )
