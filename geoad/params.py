@@ -114,7 +114,7 @@ class Layout(Mapping[str, torch.Size]):
         """The inverse of `ravel`."""
         parts = vector.split(self.sizes, dim=-1)
         return {
-            name: part.reshape(*part.shape[:-1], *shape)
+            name: part.reshape((*part.shape[:-1], *shape))
             for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
         }
 

@@ -39,3 +39,10 @@ class Transition:
             near, far = stations[i], stations[i + 1]
             w = bound.pull(near, far, w) if along else bound.pull_inverse(far, near, w)
         return w
+
+    def pull_between(self, x: Blocks, y: Blocks, w: Blocks) -> Blocks:
+        """Jᵀ w where both ends are known; saves the map in the usual case of a single step."""
+        if len(self.steps) != 1:
+            return self.pull(x, w)
+        bound, along = self.steps[0]
+        return bound.pull(x, y, w) if along else bound.pull_inverse(y, x, w)

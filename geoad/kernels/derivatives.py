@@ -15,12 +15,13 @@ from torch import Tensor
 from geoad.errors import GeometryError
 from geoad.params import Blocks, axpy, scale
 
-__all__ = ["Part", "gradient", "hessian_product", "value", "value_and_gradient"]
+__all__ = ["Part", "gradient", "hessian_product", "require_scalar", "value", "value_and_gradient"]
 
 Part = tuple[float, Callable[[Blocks], Tensor]]
 
 
-def _scalar(result: Any) -> Tensor:
+def require_scalar(result: Any) -> Tensor:
+    """`result` if it is a 0-dimensional tensor, else an error."""
     if not isinstance(result, Tensor) or result.ndim != 0:
         found = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise GeometryError(
@@ -34,7 +35,7 @@ def value(parts: Iterable[Part], x: Blocks) -> Tensor:
     """Σ c f(x)."""
     total: Tensor | None = None
     for coefficient, fn in parts:
-        part = _scalar(fn(x))
+        part = require_scalar(fn(x))
         part = part if coefficient == 1 else coefficient * part
         total = part if total is None else total + part
     return _require(total)
@@ -60,7 +61,7 @@ def value_and_gradient(parts: Iterable[Part], x: Blocks) -> tuple[Tensor, Blocks
     for coefficient, fn in parts:
 
         def with_value(blocks: Blocks, fn: Callable[[Blocks], Tensor] = fn) -> tuple[Tensor, Tensor]:
-            result = _scalar(fn(blocks))
+            result = require_scalar(fn(blocks))
             return result, result
 
         differential: Any = torch.func.grad(with_value, has_aux=True)

@@ -94,6 +94,11 @@ class Diffeomorphism(Numbers):
         """The violated condition in words if ψ = `y` is not a value of the map, else None. Reads values."""
         return None
 
+    @property
+    def full_domain(self) -> bool:
+        """True if every θ is in the domain, so that `outside_domain` need not be asked."""
+        return type(self).outside_domain is Diffeomorphism.outside_domain
+
     # -- Jacobian products -----------------------------------------------------------------------------------------
 
     def push(self, x: Blocks, y: Blocks, v: Blocks) -> Blocks:
@@ -223,6 +228,10 @@ class BlockMap(Diffeomorphism):
 
     def outside_image(self, y: Blocks) -> str | None:
         return self._locate(self.bad_image(y[self.name]))
+
+    @property
+    def full_domain(self) -> bool:
+        return type(self).bad_domain is BlockMap.bad_domain
 
     def _locate(self, condition: str | None) -> str | None:
         return None if condition is None else f"block '{self.name}': {condition}"

@@ -103,6 +103,10 @@ class Compose(Diffeomorphism):
             total = total + step.log_abs_det(stations[i], stations[i + 1])
         return total
 
+    @property
+    def full_domain(self) -> bool:
+        return all(step.full_domain for step in self._maps())
+
     def outside_domain(self, x: Blocks) -> str | None:
         for step in self._maps():
             condition = step.outside_domain(x)
@@ -162,6 +166,10 @@ class Inverse(Diffeomorphism):
 
     def outside_domain(self, x: Blocks) -> str | None:
         return self.original.outside_image(x)
+
+    @property
+    def full_domain(self) -> bool:
+        return False  # the image of the original may be anything
 
     def outside_image(self, y: Blocks) -> str | None:
         return self.original.outside_domain(y)

@@ -215,8 +215,9 @@ def _from_angles(y: Tensor) -> Tensor:
 class _Angles:
     r"""Hyperspherical coordinates at x.
 
-    With ρ_k = |(x_k, ..., x_n)|: scale factors 1, ρ_1, ..., ρ_{n-1}; the derivative of x by φ_k has the entries 0 before
-    k, :math:`-ρ_{k+1}` at k and :math:`x_k x_j / ρ_{k+1}` behind. In the last plane x_n stands for ρ_n, with its sign.
+    With ρ_k = |(x_k, ..., x_n)|: scale factors 1, ρ_1, ..., ρ_{n-1}; the derivative of x by φ_k has the entries 0
+    before k, :math:`-ρ_{k+1}` at k and :math:`x_k x_j / ρ_{k+1}` behind. In the last plane x_n stands for ρ_n, with its
+    sign.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -274,8 +275,8 @@ def _from_projection(y: Tensor) -> Tensor:
 class _Projection:
     r"""Stereographic coordinates at x = r u.
 
-    The projection is conformal: scale factors 1 and, for all of the direction, :math:`h = r + x_1`. E takes e_1 to u and
-    the space of s to the tangent space of the sphere:
+    The projection is conformal: scale factors 1 and, for all of the direction, :math:`h = r + x_1`. E takes e_1 to u
+    and the space of s to the tangent space of the sphere:
     :math:`E = \begin{pmatrix} u_1 & -b^\top \\ b & I - b b^\top / (1 + u_1) \end{pmatrix}` with :math:`b = u_{2..n}`.
     """
 

@@ -71,6 +71,10 @@ class Blockwise(Diffeomorphism):
                 return condition
         return None
 
+    @property
+    def full_domain(self) -> bool:
+        return all(cast(Diffeomorphism, part).full_domain for part in self.parts)
+
     def outside_domain(self, x: Blocks) -> str | None:
         return self._first_violation("outside_domain", x)
 

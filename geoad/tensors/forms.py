@@ -12,7 +12,7 @@ from geoad.charts import Chart, makers
 from geoad.errors import GeometryError, SingularMetricError, VarianceError
 from geoad.operators import CG, LinearOperator
 from geoad.params import is_wrapped, register_pytree
-from geoad.tensors.base import describe, require_same_place
+from geoad.tensors.base import TypedTensor, describe, require_same_place
 from geoad.tensors.densities import Density, LogDensity
 from geoad.tensors.pairing import evaluate
 from geoad.tensors.rank1 import Covector, Rank1, Vector, require_at
@@ -220,7 +220,7 @@ class Endomorphism(Rank2):
 CLASSES.update({(False, False): Form, (True, True): Cometric, (True, False): Endomorphism})
 
 
-def reference_metric(tensor: Rank2) -> Metric:
+def reference_metric(tensor: TypedTensor) -> Metric:
     """The Euclidean metric of the reference chart, at the point and in the chart of `tensor`."""
     home = tensor.chart.reference
     one = torch.ones((), dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,77 @@
+# Needs make and Python 3.11 or newer; everything else is set up in .venv on the first call.
+#
+#   make test       the unit tests, the doctests and the code blocks of README.md and docs/
+#   make demo       examples/demo.py
+#   make lint       ruff;  make format rewrites the files
+#   make types      pyright
+#   make docs-test  the doctests and the code blocks only
+#   make bench      the scripts in benchmarks/
+#   make venv       the set-up only
+#   make clean      remove .venv and everything built
+#
+# Variables: WORKERS=2 (test processes), ARGS="-k maps" (more arguments for pytest, the demo or a benchmark),
+# VENV=.venv, PYTHON3=/path/to/python (instead of looking for one).
+
+.DEFAULT_GOAL := test
+.PHONY: venv test demo lint format types docs-test bench clean
+
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+PYTHON3 ?=
+
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check --no-input
+STAMP := $(VENV)/.set-up
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/torch.txt requirements/dev.txt
+	@set -e; \
+	right='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	if ! "$(PYTHON)" -c "$$right" > /dev/null 2>&1; then \
+	    found=; \
+	    for name in $(or $(PYTHON3),python3.11 python3.12 python3.13 python3.14 python3 python); do \
+	        if "$$name" -c "$$right" > /dev/null 2>&1; then found=$$name; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo "geoad needs Python 3.11 or newer with the venv module (on Debian and Ubuntu: python3 and python3-venv)." >&2; \
+	        echo "None was found. Install one, or name it: make PYTHON3=/path/to/python3.11" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Creating $(VENV) with $$("$$found" --version)"; \
+	    "$$found" -m venv --clear "$(VENV)"; \
+	fi
+	$(PIP) install --quiet -r requirements/torch.txt
+	$(PIP) install --quiet -r requirements/dev.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: $(STAMP)
+	$(PYTHON) -m pytest -n $(WORKERS) --doctest-modules geoad tests $(ARGS)
+
+docs-test: $(STAMP)
+	$(PYTHON) -m pytest --doctest-modules geoad tests/test_readme.py $(ARGS)
+
+demo: $(STAMP)
+	$(PYTHON) examples/demo.py $(ARGS)
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: $(STAMP)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types: $(STAMP)
+	$(PYTHON) -m pyright
+
+bench: $(STAMP)
+	@scripts=$$(ls benchmarks/[!_]*.py 2> /dev/null); \
+	if [ -z "$$scripts" ]; then echo "there is no script in benchmarks/" >&2; exit 1; fi; \
+	for script in $$scripts; do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist demo_out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,74 @@
+"""The Riemannian Hessian, matrix-free."""
+
+from __future__ import annotations
+
+from geoad import operators as ops
+from geoad.charts import Point
+from geoad.connection.products import contracted
+from geoad.errors import ChartMismatchError, VarianceError
+from geoad.fields.metric import FormField
+from geoad.fields.scalar import ScalarField, require_point
+from geoad.kernels import derivatives
+from geoad.params import Blocks, sub
+from geoad.tensors import Covector, Form, Metric
+
+__all__ = ["FieldHessian", "HessianOperator", "RiemannianHessianOperator"]
+
+
+class HessianOperator(ops.Implicit):
+    """∂²L at a point, in a chart where the connection vanishes."""
+
+    def __init__(self, field: ScalarField, x: Blocks) -> None:
+        super().__init__(field.home.layout, x, symmetric=True)
+        self.field = field
+
+    def mv(self, v: Blocks) -> Blocks:
+        return derivatives.hessian_product(self.field.parts(), self.x, v)
+
+
+class RiemannianHessianOperator(ops.Implicit):
+    """∂²L - Γ·dL at a point, with the Levi-Civita connection of a metric field, in the home chart of that field.
+
+    With w = G⁻¹dL held fixed: H v = ∂²L v - w^k Γ_{k;ij} v^i.
+    """
+
+    def __init__(self, field: ScalarField, metric: FormField, x: Blocks, w: Blocks) -> None:
+        super().__init__(field.home.layout, x, symmetric=True)
+        self.field, self.metric, self.w = field, metric, w
+
+    def mv(self, v: Blocks) -> Blocks:
+        flat = derivatives.hessian_product(self.field.parts(), self.x, v)
+        return sub(flat, contracted(self.metric, self.x, v, self.w))
+
+
+class FieldHessian:
+    """The field of Riemannian Hessians of a function; calling it gives the `Form` at a point."""
+
+    def __init__(self, field: ScalarField, metric: FormField | None) -> None:
+        if metric is not None and not isinstance(metric, FormField):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise VarianceError(
+                f"metric= must be a metric field, found {type(metric).__name__}. The connection needs derivatives of the metric, so its "
+                "value at one point is not enough; pass for instance geoad.metrics.Euclidean(chart) or a curvature field."
+            )
+        if metric is not None and metric.home.reference != field.home.reference:
+            raise ChartMismatchError(
+                f"the function lives on the manifold of chart '{field.home.reference.name}', the metric on that of "
+                f"'{metric.home.reference.name}'. Use a metric on the same manifold."
+            )
+        self.metric = metric
+        home = field.home.reference if metric is None else metric.home
+        self.field = field.in_home(home)
+        self.chart = field.chart
+
+    def __call__(self, p: Point) -> Form:
+        home = self.field.home
+        here = require_point(p, home, "a Hessian").to(home)
+        if self.metric is None or self.metric.constant:
+            op: ops.LinearOperator = HessianOperator(self.field, here.blocks)
+        else:
+            slope = Covector(home, derivatives.gradient(self.field.parts(), here.blocks), here)
+            metric = self.metric(here)
+            if not isinstance(metric, Metric):
+                raise VarianceError("the connection belongs to a metric; this field is a form that may be indefinite.")
+            op = RiemannianHessianOperator(self.field, self.metric, here.blocks, metric.sharp(slope).blocks)
+        return Form(p.chart, op, p, home=home)

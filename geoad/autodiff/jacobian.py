@@ -1,0 +1,264 @@
+"""Derivatives of maps into a space: jacobian, jvp, vjp, pushforward, pullback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoad import operators as ops
+from geoad.autodiff.inputs import as_point, output_space, plain_chart
+from geoad.charts import Chart, Point, Reparametrization
+from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
+from geoad.fields.metric import FormField
+from geoad.fields.scalar import ScalarField
+from geoad.metrics import Pullback
+from geoad.params import Blocks
+from geoad.tensors import Axis, Covector, Form, GeoTensor, Metric, Vector, describe
+from geoad.tensors.base import TypedTensor, require_same_place
+from geoad.tensors.rank2 import Rank2
+
+__all__ = ["jacfwd", "jacobian", "jacrev", "jvp", "pullback", "pushforward", "vjp"]
+
+
+class _Map:
+    """A map from a manifold to a space, as a function of plain blocks of ``home``, at a point."""
+
+    def __init__(self, fn: Any, p: Point, space: Chart | None = None) -> None:
+        self.fn = fn
+        self.p = p
+        if isinstance(fn, Reparametrization):
+            if p.chart.reference != fn.source.reference:
+                raise ChartMismatchError(f"the map starts in chart '{fn.source.name}', the point is in chart '{p.chart.name}'.")
+            self.home, self.space = fn.source, fn.target
+        else:
+            self.home, self.space = p.chart.reference, space
+        self.here = p.to(self.home)
+
+    def __call__(self, x: Blocks) -> Tensor:
+        """The raveled value; remembers the space it lies in."""
+        if isinstance(self.fn, Reparametrization):
+            return self.fn.target.layout.ravel(self.fn.map.forward(x))
+        value = self.fn(self.home.unpack(x))
+        if isinstance(value, Tensor):
+            if self.space is None:
+                self.space = output_space(self.fn, value.shape)
+        elif isinstance(value, dict):
+            if self.space is None:
+                self.space = plain_chart(value)
+        else:
+            raise GeometryError(
+                f"the map must return a tensor or a dict of tensors, found {type(value).__name__}. A function with typed results is a "
+                "tensor field: use geoad.covariant_derivative(T, metric), for the plain derivative of components is not a tensor."
+            )
+        return self.space.layout.ravel(self.space.pack(value, "the value of the map"))
+
+    def target(self) -> Chart:
+        """The space of the values."""
+        if self.space is None:
+            with torch.no_grad():
+                self(self.here.blocks)
+        assert self.space is not None
+        return self.space
+
+
+def jacobian(
+    fn: Any, *, space: Chart | None = None, mode: str | None = None, chunk_size: int | None = 64
+) -> Callable[[Any], Any]:
+    r"""The Jacobian :math:`\partial f^a/\partial\theta^i` of a map into a space, a two-point tensor of type [out^, θ_].
+
+    Args:
+        fn: a function of the plain components in the reference chart with values in a tensor (or dict of tensors), or a
+            `Reparametrization` φ, whose Jacobian is of type [ψ^, θ_].
+        space: the chart of the output space. Default: one that belongs to `fn`.
+        mode: "reverse" or "forward"; default: by the smaller of the two dimensions.
+        chunk_size: how many rows or columns are computed at a time (bounds the memory); None for all.
+
+    Returns:
+        A function of a point (in any chart) or of plain numbers.
+
+    >>> import torch, geoad
+    >>> geoad.jacobian(lambda x: torch.stack([x.sum(), x.prod()]))(torch.tensor([2.0, 3.0])).components
+    tensor([[1., 1.],
+            [3., 2.]])
+    """
+    if isinstance(fn, ScalarField):
+        raise VarianceError("the Jacobian of a scalar field is its differential, a Covector. Use geoad.grad(L)(p).")
+
+    def at(p: Any) -> GeoTensor:
+        point = as_point(p)
+        mapping = _Map(fn, point, space)
+        target, home = mapping.target(), mapping.home
+        layout = home.layout
+
+        def raveled(vector: Tensor) -> Tensor:
+            return mapping(layout.unravel(vector))
+
+        reverse = mode == "reverse" or (mode is None and target.dim <= layout.dim)
+        x = layout.ravel(mapping.here.blocks)
+        if reverse:
+            data: Any = torch.func.jacrev(raveled, chunk_size=chunk_size)(x)
+        else:
+            data = _forward_columns(raveled, x, chunk_size)
+        axes = [Axis(target, True, target.dim), Axis(home, False, home.dim)]
+        result = GeoTensor(data, axes, mapping.here)
+        if isinstance(fn, Reparametrization) or point.chart == home:
+            return result
+        return result.to(point.chart)
+
+    return at
+
+
+def _forward_columns(fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> Tensor:
+    eye = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+
+    def column(v: Tensor) -> Tensor:
+        return torch.func.jvp(fn, (x,), (v,))[1]
+
+    chunks: Any = torch.func.vmap(column, chunk_size=chunk_size)(eye)
+    return chunks.mT
+
+
+def jacrev(fn: Any, **options: Any) -> Callable[[Any], Any]:
+    """`jacobian` by reverse mode."""
+    return jacobian(fn, mode="reverse", **options)
+
+
+def jacfwd(fn: Any, **options: Any) -> Callable[[Any], Any]:
+    """`jacobian` by forward mode."""
+    return jacobian(fn, mode="forward", **options)
+
+
+def jvp(fn: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """(f(p), Df(p) v): drop-in for ``torch.func.jvp`` with Points for primals and Vectors for tangents.
+
+    Plain primals take plain tangents. The results are what `fn` returns: plain tensors. For a `ScalarField` they are the value
+    and the derivative in the direction v, both invariant. For a typed result use `pushforward`.
+    """
+    if len(primals) != len(tangents):
+        raise GeometryError(f"jvp needs one tangent for each primal, got {len(primals)} and {len(tangents)}.")
+    if isinstance(fn, ScalarField):
+        p, v = primals[0], _tangent(as_point(primals[0]), tangents[0]).to(fn.home)
+        field = fn
+
+        def plain(x: Blocks) -> Tensor:
+            return torch.stack([coefficient * part(x) for coefficient, part in field.parts()]).sum()
+
+        return torch.func.jvp(plain, (p.to(field.home).blocks,), (v.blocks,))
+    points = [as_point(x) for x in primals]
+    homes = [p.chart.reference for p in points]
+    x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
+    v = tuple(_tangent(p, t).to(home).components for p, t, home in zip(points, tangents, homes, strict=True))
+    return torch.func.jvp(fn, x, v)
+
+
+def _tangent(p: Point, v: Any) -> Vector:
+    if isinstance(v, Vector):
+        moved = v.to(p.chart)
+        if moved.at is not p and moved.at.token is not p.token:
+            require_same_place(p.chart.vector(moved.blocks, at=p), moved, "take a directional derivative")
+        return moved
+    if isinstance(v, TypedTensor):
+        raise VarianceError(
+            f"a directional derivative goes along a Vector, found {describe(v)}. A differential has no direction until a metric gives it "
+            "one: metric.sharp(covector)."
+        )
+    return p.chart.vector(v, at=p)
+
+
+def vjp(fn: Any, *primals: Any, has_aux: bool = False) -> Any:
+    """(f(p), pull) with pull(u) the covector uᵀ Df(p): drop-in for ``torch.func.vjp`` with Points for primals.
+
+    `pull` takes plain cotangents in the shape of the output and returns one `Covector` for each primal (a bare one for a single
+    primal), in the chart of that primal. With ``has_aux`` the result is (f(p), pull, aux).
+    """
+    points = [as_point(x) for x in primals]
+    homes = [p.chart.reference for p in points]
+    x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
+    if isinstance(fn, ScalarField):
+        fn = fn.function(homes[0])
+    value, pull_plain, *aux = torch.func.vjp(fn, *x, has_aux=has_aux)
+
+    def pull(*cotangents: Any) -> Any:
+        slopes = pull_plain(*cotangents)
+        typed = tuple(
+            Covector(home, home.pack(slope), p.to(home)).to(p.chart)
+            for slope, p, home in zip(slopes, points, homes, strict=True)
+        )
+        return typed[0] if len(typed) == 1 else typed
+
+    return (value, pull, *aux)
+
+
+def pushforward(fn: Any, v: Vector, *, space: Chart | None = None) -> Any:
+    """Df(p) v, where p is the base point of v: a `Vector` of the output space at f(p); matrix-free (one jvp)."""
+    if not isinstance(v, Vector):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise VarianceError(
+            f"a map pushes vectors forward, found {describe(v)}. Covectors and forms are pulled back: geoad.pullback(f, T). To make a "
+            "vector of a covector use metric.sharp."
+        )
+    mapping = _Map(fn, v.at, space)
+    value, velocity = torch.func.jvp(mapping, (mapping.here.blocks,), (v.to(mapping.home).blocks,))
+    target = mapping.target()
+    point = mapping.here.to(target) if isinstance(fn, Reparametrization) else target.point(target.layout.unravel(value))
+    return Vector(target, target.layout.unravel(velocity), point)
+
+
+def pullback(fn: Any, tensor: Any, *, at: Point | None = None) -> Any:
+    """The pull-back of a (0,k) object or field by a map.
+
+    * a `MetricField` (or form field) on the output space gives the field JᵀGJ, see `geoad.metrics.Pullback`;
+    * a `ScalarField` on the output space gives the scalar field h∘f;
+    * a `Covector`, `Form` or `Metric` at the point f(p) gives Jᵀω or JᵀBJ at p = `at` (with a `Reparametrization` it is known).
+    """
+    if isinstance(tensor, FormField):
+        return Pullback(fn, tensor, at.chart.reference if at is not None else None)
+    if at is None and isinstance(fn, Reparametrization) and isinstance(tensor, TypedTensor):
+        at = tensor.at.to(fn.source)
+    if isinstance(tensor, ScalarField):
+        return _pullback_scalar(fn, tensor, at)
+    if at is None:
+        raise BasePointError(
+            f"pulling back {describe(tensor)} needs the base point: many points may have the same image. Pass at=p."
+        )
+    if isinstance(tensor, Tensor):
+        raise VarianceError("a plain tensor has no type to pull back. For plain cotangents use geoad.vjp(f, p)[1](u).")
+    if isinstance(tensor, Vector) or not isinstance(tensor, (Covector, Form)):
+        raise VarianceError(
+            f"only functions and tensors with lower indices are pulled back, found {describe(tensor)}. Vectors are pushed forward: "
+            "geoad.pushforward(f, v)."
+        )
+    return _pullback_tensor(_Map(fn, at, tensor.chart), tensor, at)
+
+
+def _pullback_scalar(fn: Any, field: ScalarField, at: Point | None) -> ScalarField:
+    if isinstance(fn, Reparametrization):
+        return field.in_home(fn.source)
+    if at is None:
+        raise BasePointError("pulling back a function by a plain map needs to know the manifold: pass at=p, any point of it.")
+    outer = field.function(field.home)
+    return at.chart.reference.scalar_field(lambda components: outer(fn(components)))
+
+
+class _PullbackOperator(ops.Implicit):
+    """Jᵀ B J on blocks."""
+
+    def __init__(self, mapping: _Map, form: Rank2) -> None:
+        super().__init__(mapping.home.layout, mapping.here.blocks, symmetric=form.op.symmetric)
+        self.mapping, self.form = mapping, form
+
+    def mv(self, v: Blocks) -> Blocks:
+        layout = self.form.chart.layout
+        velocity = torch.func.jvp(self.mapping, (self.x,), (v,))[1]
+        image = layout.ravel(self.form.operator.mv(layout.unravel(velocity)))
+        return torch.func.vjp(self.mapping, self.x)[1](image)[0]
+
+
+def _pullback_tensor(mapping: _Map, tensor: Covector | Rank2, at: Point) -> Any:
+    if isinstance(tensor, Covector):
+        slope = torch.func.vjp(mapping, mapping.here.blocks)[1](tensor.ravel())[0]
+        return Covector(mapping.home, slope, mapping.here).to(at.chart)
+    cls = Metric if isinstance(tensor, Metric) else Form
+    return cls(at.chart, _PullbackOperator(mapping, tensor), at, home=mapping.home)

@@ -1,0 +1,3 @@
+"""Networks as manifolds."""
+
+from geoad.module.module import GeoModule as GeoModule

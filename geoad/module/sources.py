@@ -1,0 +1,81 @@
+"""Scalar fields that come from a network: losses over data, and functions of the network itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from geoad.data import Batches, batch_size
+from geoad.errors import GeometryError
+from geoad.kernels.derivatives import Part
+from geoad.params import Blocks
+
+if TYPE_CHECKING:
+    from geoad.module.module import GeoModule
+
+__all__ = ["LossSource", "NetworkSource"]
+
+
+class LossSource:
+    """A loss over a data set, one part a batch, weighted by the batch's size."""
+
+    def __init__(self, geo: GeoModule, loss: Callable[..., Tensor], data: Any, reduction: str) -> None:
+        if reduction not in ("mean", "sum"):
+            raise GeometryError(
+                f"reduction='{reduction}' is not known: a loss is a scalar, the 'mean' or the 'sum' over the samples. For per-sample "
+                "quantities use geoad.per_sample_grads."
+            )
+        own = getattr(loss, "reduction", None)
+        if own not in (None, "mean", "sum"):
+            raise GeometryError(
+                f"the loss has reduction='{own}', so it is no scalar. Build it with reduction='mean' or 'sum'."
+            )
+        self.geo, self.loss, self.reduction = geo, loss, reduction
+        self.batches = data if isinstance(data, Batches) else Batches(data)
+        self._sums = own == "sum"
+        self._takes_reduction = own is None and _accepts_reduction(loss)
+
+    def _batch(self, x: Blocks, inputs: Any, targets: Any) -> Tensor:
+        outputs = self.geo.evaluate(x, inputs)
+        arguments = (outputs,) if targets is None else (outputs, targets)
+        if self._takes_reduction:
+            return self.loss(*arguments, reduction=self.reduction)
+        return self.loss(*arguments)
+
+    def parts(self) -> Iterable[Part]:
+        """One part a batch; their sum is the mean (or the sum) over all samples."""
+        total = self.batches.total if self.reduction == "mean" else 1
+        for inputs, targets in self.batches:
+            size = batch_size(inputs)
+            if size == 0:
+                continue
+            summed = self._sums or (self._takes_reduction and self.reduction == "sum")
+            coefficient = (1 if summed else size) / total
+            yield coefficient, lambda x, inputs=inputs, targets=targets: self._batch(x, inputs, targets)
+
+
+def _accepts_reduction(loss: Callable[..., Any]) -> bool:
+    if isinstance(loss, torch.nn.Module):
+        return False
+    try:
+        return "reduction" in inspect.signature(loss).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+class NetworkSource:
+    """A function of the network, as a function of its coordinates: a prior, a penalty, anything."""
+
+    def __init__(self, geo: GeoModule, fn: Callable[[Any], Tensor]) -> None:
+        self.geo, self.fn = geo, fn
+
+    def _evaluate(self, x: Blocks) -> Tensor:
+        return self.geo.apply_network(x, self.fn)
+
+    def parts(self) -> Iterable[Part]:
+        """The one part."""
+        return [(1.0, self._evaluate)]
