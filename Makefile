@@ -65,7 +65,7 @@ format: $(STAMP)
 	$(PYTHON) -m ruff format .
 
 types: $(STAMP)
-	$(PYTHON) -m pyright
+	$(PYTHON) -m pyright --project pyproject.toml
 
 bench: $(STAMP)
 	@scripts=$$(ls benchmarks/[!_]*.py 2> /dev/null); \

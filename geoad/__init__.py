@@ -1,5 +1,8 @@
 """geoad: geometry-aware automatic differentiation for PyTorch."""
 
+__version__ = "0.1.0"
+
+from geoad import curvature as curvature
 from geoad import errors as errors
 from geoad import maps as maps
 from geoad import metrics as metrics
@@ -21,6 +24,10 @@ from geoad.charts import Chart as Chart
 from geoad.charts import Point as Point
 from geoad.charts import Reparametrization as Reparametrization
 from geoad.charts import interpolate as interpolate
+from geoad.connection import christoffel as christoffel
+from geoad.connection import covariant_derivative as covariant_derivative
+from geoad.connection import geodesic as geodesic
+from geoad.connection import parallel_transport as parallel_transport
 from geoad.errors import BasePointError as BasePointError
 from geoad.errors import ChartDomainError as ChartDomainError
 from geoad.errors import ChartMismatchError as ChartMismatchError

@@ -1,0 +1,7 @@
+"""Curvature matrices of networks as metric fields."""
+
+from geoad.curvature.fisher import Fisher as Fisher
+from geoad.curvature.likelihoods import Categorical as Categorical
+from geoad.curvature.likelihoods import Gaussian as Gaussian
+from geoad.curvature.likelihoods import Likelihood as Likelihood
+from geoad.curvature.pullback import OutputCurvature as OutputCurvature

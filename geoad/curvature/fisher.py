@@ -1,0 +1,123 @@
+"""The Fisher information of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoad.charts import Chart
+from geoad.curvature.likelihoods import Likelihood, likelihood_of
+from geoad.curvature.pullback import OutputCurvature, Part
+from geoad.data import Batches, batch_size, take
+from geoad.errors import GeometryError
+from geoad.kernels.jacobians import sample_jacobian
+from geoad.module import GeoModule
+from geoad.params import Blocks
+
+__all__ = ["Fisher"]
+
+
+class Fisher(OutputCurvature):
+    r"""The exact (type-2) Fisher metric :math:`\frac1N \sum_n J_n^\top A(f_n) J_n`, a metric field.
+
+    A(f) is the Fisher matrix of the likelihood in its output parameters, so no labels are used. For the categorical and the
+    Gaussian likelihood it equals the generalised Gauss-Newton matrix of the negative log-likelihood.
+
+    Args:
+        geo: the network.
+        data: (x, y), x alone as a tensor, a mapping, a list of batches or a ``DataLoader``; targets are ignored.
+        likelihood: "categorical" (logits), "gaussian" (mean, unit covariance), or a `Likelihood` such as ``Gaussian(covariance)``.
+        kind: "exact".
+        chart: where the numbers are computed; the exact Fisher is the same object for every choice. Default: the reference chart.
+        representation: "implicit" (matrix-free: one jvp and one vjp a product) or "dense".
+        reduction: "mean" or "sum" over the samples. The mean goes with ``F.cross_entropy`` (factor 1) and with ``F.mse_loss``
+            (its Hessian is 2/c times the Gaussian Fisher with unit covariance).
+
+    It is semidefinite: ``sharp`` and ``solve`` raise `SingularMetricError` unless it is damped, e.g.
+    ``Fisher(...) + 1e-3 * Euclidean(geo.reference)``.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
+    >>> F = geoad.curvature.Fisher(geo, torch.randn(5, 2), "categorical")
+    >>> F(geo.point())
+    Metric('theta', dim=9, curvatureoperator, torch.float32, cpu)
+    """
+
+    def __init__(
+        self,
+        geo: GeoModule,
+        data: Any,
+        likelihood: str | Likelihood = "categorical",
+        kind: str = "exact",
+        chart: Chart | None = None,
+        representation: str = "implicit",
+        reduction: str = "mean",
+        max_memory: int = 1 << 28,
+    ) -> None:
+        _require("kind", kind, ("exact",))
+        _require("representation", representation, ("implicit", "dense"))
+        _require("reduction", reduction, ("mean", "sum"))
+        super().__init__(chart or geo.reference, representation)
+        if self.home.reference != geo.reference:
+            raise GeometryError(
+                f"chart= must be a chart of the network's manifold, found '{self.home.name}'. Use geo.reference or a chart made from it by "
+                "reparametrize."
+            )
+        self.geo = geo
+        self.batches = Batches(data)
+        self.likelihood = likelihood_of(likelihood)
+        self.hessian_type = self.likelihood.hessian_type
+        self.reduction = reduction
+        self.max_memory = max_memory
+
+    def curvature(self, outputs: Tensor, t: Tensor) -> Tensor:
+        return self.likelihood.fisher(outputs, t)
+
+    def _outputs(self, theta: Blocks, inputs: Any) -> Tensor:
+        outputs: Tensor = self.geo.evaluate(theta, inputs)
+        self.likelihood.check(outputs)
+        return outputs
+
+    def _weight(self) -> float:
+        return 1 / self.batches.total if self.reduction == "mean" else 1.0
+
+    def reference_parts(self) -> Iterable[Part]:
+        weight = self._weight()
+        for inputs, _ in self.batches:
+            if batch_size(inputs):
+                yield weight, lambda theta, inputs=inputs: self._outputs(theta, inputs)
+
+    def dense(self, x: Blocks) -> Tensor:
+        layout, way = self.home.layout, self.way
+        total: Tensor | None = None
+        weight = self._weight()
+
+        def outputs(y: Blocks, inputs: Any) -> Tensor:
+            return self._outputs(y if way is None else way(y), inputs)
+
+        for inputs, _ in self.batches:
+            size = batch_size(inputs)
+            start, step = 0, 1
+            while start < size:
+                chunk = take(inputs, slice(start, start + step))
+                f, jacobian = sample_jacobian(outputs, layout, x, chunk)
+                curved = torch.func.vmap(self.curvature, in_dims=(None, -1), out_dims=-1)(f, jacobian)
+                flat = (-1, layout.dim)
+                term = jacobian.reshape(flat).mT @ (weight * curved.reshape(flat))
+                total = term if total is None else total + term
+                start += step
+                each = f[0].numel() * layout.dim * f.element_size()
+                step = max(1, min(256, self.max_memory // (4 * each)))
+        assert total is not None
+        return 0.5 * (total + total.mT)
+
+
+def _require(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise GeometryError(
+            f"{name}={value!r} is not offered for the Fisher matrix. Available: {list(known)}. Choose one of these; nothing is replaced by "
+            "an approximation in silence."
+        )
