@@ -68,7 +68,7 @@ types: $(STAMP)
 	$(PYTHON) -m pyright --project pyproject.toml
 
 bench: $(STAMP)
-	@scripts=$$(ls benchmarks/[!_]*.py 2> /dev/null); \
+	@scripts=$$(grep -ls '__name__ == "__main__"' benchmarks/*.py); \
 	if [ -z "$$scripts" ]; then echo "there is no script in benchmarks/" >&2; exit 1; fi; \
 	for script in $$scripts; do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
 

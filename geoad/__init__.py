@@ -8,6 +8,7 @@ from geoad import maps as maps
 from geoad import metrics as metrics
 from geoad import operators as operators
 from geoad import optim as optim
+from geoad import testing as testing
 from geoad.autodiff import eigh as eigh
 from geoad.autodiff import grad as grad
 from geoad.autodiff import hessian as hessian

@@ -1,7 +1,7 @@
 """The code blocks of README.md and docs/ run, and print what the text says.
 
-The ```python blocks of a file share one namespace and run in order; ```python no-run is skipped. A ```text block that follows
-a ```python block, with nothing but blank lines between, is the output of that block (``...`` stands for anything, as in a doctest).
+The ```python blocks of a file share one namespace and run in order; ```python no-run is skipped. A ```text block that follows a
+python block, with nothing but blank lines between, is the output of that block (``...`` stands for anything, as in a doctest).
 A ```text block anywhere else is a mistake: what is no output has another language, or none.
 """
 

@@ -97,7 +97,7 @@ def _drop_in(fn: Callable[..., Any], argnums: Argnums, has_aux: bool, with_value
 def _gradient(fn: Callable[..., Any], chosen: Sequence[int], has_aux: bool) -> Callable[..., Any]:
     def with_value(*args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Any]]:
         result = fn(*args, **kwargs)
-        value, aux = result if has_aux else (result, None)
+        value, aux = result if has_aux else (result, ())
         checked = derivatives.require_scalar(value)
         return checked, (checked, aux)
 

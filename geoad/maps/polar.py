@@ -136,36 +136,36 @@ class Polar(BlockMap):
 
     # -- products ----------------------------------------------------------------------------------------------------
 
-    def _frame(self, x: Tensor) -> _Angles | _Projection:
-        rows = self._rows(x)
-        return _Angles(rows) if self.kind == "hyperspherical" else _Projection(rows)
+    def _frame(self, x: Tensor, y: Tensor) -> _Angles | _Projection:
+        rows, radius = self._rows(x), self._rows(y)[..., :1]
+        return _Angles(rows, radius) if self.kind == "hyperspherical" else _Projection(rows, radius)
 
     def push_block(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         if self._length == 1:
             return v
-        frame = self._frame(x)
+        frame = self._frame(x, y)
         return self._block(frame.over_metric(frame.pull_inverse(self._rows(v))))
 
     def pull_block(self, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         if self._length == 1:
             return w
-        frame = self._frame(x)
+        frame = self._frame(x, y)
         return self._block(frame.push_inverse(frame.over_metric(self._rows(w))))
 
     def push_inverse_block(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         if self._length == 1:
             return v
-        return self._block(self._frame(x).push_inverse(self._rows(v)))
+        return self._block(self._frame(x, y).push_inverse(self._rows(v)))
 
     def pull_inverse_block(self, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         if self._length == 1:
             return w
-        return self._block(self._frame(x).pull_inverse(self._rows(w)))
+        return self._block(self._frame(x, y).pull_inverse(self._rows(w)))
 
     def log_abs_det_block(self, x: Tensor, y: Tensor) -> Tensor:
         if self._length == 1:
             return x.new_zeros(())
-        return -self._frame(x).log_scales()
+        return -self._frame(x, y).log_scales()
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -178,19 +178,13 @@ def _square(x: Tensor) -> Tensor:
     return (x * x).sum(-1, keepdim=True)
 
 
-def _norm(x: Tensor) -> Tensor:
-    unit = _unit(x)
-    return _square(x / unit).sqrt() * unit
-
-
 def _sums_from(x: Tensor) -> Tensor:
     """S_k = x_k + x_{k+1} + ... + x_n, summed from the end: small tails keep their digits."""
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
-def _norms_from(x: Tensor) -> Tensor:
-    """ρ_k = |(x_k, ..., x_n)| for k < n."""
-    unit = _unit(x)
+def _norms_from(x: Tensor, unit: Tensor) -> Tensor:
+    """ρ_k = |(x_k, ..., x_n)| for k < n, given any number of the size of |x|."""
     scaled = x / unit
     return _sums_from(scaled * scaled)[..., :-1].sqrt() * unit
 
@@ -199,7 +193,7 @@ def _norms_from(x: Tensor) -> Tensor:
 
 
 def _to_angles(x: Tensor) -> Tensor:
-    norms = _norms_from(x)
+    norms = _norms_from(x, _unit(x))
     opposite = torch.cat([norms[..., 1:], x[..., -1:]], dim=-1)
     return torch.cat([norms[..., :1], torch.atan2(opposite, x[..., :-1])], dim=-1)
 
@@ -220,10 +214,10 @@ class _Angles:
     sign.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, radius: Tensor) -> None:
         self.x = x
         self.head = x[..., :-1]
-        self.norms = _norms_from(x)
+        self.norms = _norms_from(x, radius.detach())
         self.opposite = torch.cat([self.norms[..., 1:], x[..., -1:]], dim=-1)
 
     def log_scales(self) -> Tensor:
@@ -280,8 +274,8 @@ class _Projection:
     :math:`E = \begin{pmatrix} u_1 & -b^\top \\ b & I - b b^\top / (1 + u_1) \end{pmatrix}` with :math:`b = u_{2..n}`.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self.radius = _norm(x)
+    def __init__(self, x: Tensor, radius: Tensor) -> None:
+        self.radius = radius
         unit = x / self.radius
         self.first, self.rest = unit[..., :1], unit[..., 1:]
         self.share = _from_pole(torch.ones_like(self.radius), self.first, self.rest)

@@ -238,7 +238,8 @@ def as_operator(chart: Chart, components: Any, what: str, *, definite: bool = Fa
     else:
         matrix = torch.as_tensor(components)
         square = layout[layout.names[0]] if len(layout) == 1 else torch.Size([layout.dim])
-        if matrix.ndim >= 2 * len(square) and matrix.shape[matrix.ndim - 2 * len(square) :] == (*square, *square):
+        is_matrix = not square and matrix.shape[-2:] == (1, 1)  # of a block without axes: not a batch of numbers
+        if not is_matrix and matrix.ndim >= 2 * len(square) and matrix.shape[matrix.ndim - 2 * len(square) :] == (*square, *square):
             matrix = matrix.reshape(*matrix.shape[: matrix.ndim - 2 * len(square)], layout.dim, layout.dim)
     if matrix.ndim < 2 or matrix.shape[-2:] != (layout.dim, layout.dim):
         raise GeometryError(
