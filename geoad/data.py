@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from geoad.errors import GeometryError
 
-__all__ = ["Batches", "batch_size", "split_batch", "take", "without_targets"]
+__all__ = ["Batches", "batch_size", "require_match", "split_batch", "take", "without_targets"]
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 
@@ -17,21 +19,28 @@ _TARGETS = ("labels", "label", "targets", "target", "y")
 class Batches:
     """Data in any of the accepted forms, as batches ``(inputs, targets)``.
 
-    Accepted: one batch, ``(x, y)`` or a mapping; a sequence of batches; a ``DataLoader`` or any other iterable that can be
-    started again. One-shot iterators are refused, for a derivative goes through the data more than once.
+    Accepted: one batch, that is ``(x, y)``, ``(x, None)``, a tensor or a mapping; a sequence of batches; a ``DataLoader`` or
+    any other iterable that can be started again. One-shot iterators are refused, for a derivative goes through the data more
+    than once. A list ``[x, y]``, as a ``DataLoader`` yields it, is one batch if x and y differ in dtype or in the shape of a
+    sample, and two batches of inputs otherwise.
     """
 
     def __init__(self, data: Any) -> None:
         if isinstance(data, Iterator):
             raise GeometryError(
-                f"the data are a one-shot iterator ({type(data).__name__}): the first derivative would use it up and the next one would "
-                "see no data. Pass a list of the batches, list(iterator), or the DataLoader itself."
+                f"the data are a one-shot iterator ({type(data).__name__}): the first derivative would use it up and the next "
+                "one would see no data. Pass a list of the batches, list(iterator), or the DataLoader itself."
+            )
+        if isinstance(data, Dataset) and not isinstance(data, Iterable):
+            raise GeometryError(
+                f"the data are a {type(data).__name__}, which yields single samples. Losses and curvatures need batches; wrap "
+                "it in a torch.utils.data.DataLoader(dataset, batch_size=...)."
             )
         self._source: Iterable[Any] = [data] if _is_batch(data) else cast("Iterable[Any]", data)
-        if not hasattr(self._source, "__iter__"):
+        if not isinstance(self._source, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise GeometryError(
-                f"data must be (x, y), a mapping, a list of batches or a DataLoader, found {type(data).__name__}. Each batch is a pair of "
-                "inputs and targets, or a mapping."
+                f"data must be (x, y), a mapping, a list of batches or a DataLoader, found {type(data).__name__}. Each batch "
+                "is a pair of inputs and targets, or a mapping."
             )
         if isinstance(self._source, Sequence) and len(self._source) == 0:
             raise GeometryError("the data set is empty: a mean over nothing is undefined. Pass at least one batch.")
@@ -42,73 +51,153 @@ class Batches:
         for batch in self._source:
             yield split_batch(batch)
 
+    def sized(self) -> Iterator[tuple[int, Any, Any]]:
+        """The batches that hold samples, as (number of samples, inputs, targets).
+
+        Raises:
+            GeometryError: another number of samples came than in an earlier pass.
+        """
+        seen = 0
+        for inputs, targets in self:
+            size = batch_size(inputs)
+            seen += size
+            if size:
+                yield size, inputs, targets
+        if seen == 0:
+            raise GeometryError(
+                "the data set is empty: a mean over nothing is undefined. Pass a loader that yields at least one batch."
+            )
+        if self._total is None:
+            self._total = seen
+        elif seen != self._total:
+            raise GeometryError(
+                f"the data gave {seen} samples in this pass and {self._total} in an earlier one, so a mean over them is "
+                "undefined. A derivative goes through the data more than once; pass something that yields the same samples "
+                "every time."
+            )
+
     @property
     def total(self) -> int:
         """The number of samples; counted once."""
         if self._total is None:
-            self._total = sum(batch_size(inputs) for inputs, _ in self)
-            if self._total == 0:
-                raise GeometryError(
-                    "the data set is empty: a mean over nothing is undefined. Pass a loader that yields at least one batch."
-                )
+            for _ in self.sized():
+                pass
+        assert self._total is not None
         return self._total
 
 
 def _is_batch(data: Any) -> bool:
-    if isinstance(data, Mapping):
+    if isinstance(data, (Mapping, Tensor)):
         return True
-    if isinstance(data, Tensor):
-        return True
-    return isinstance(data, tuple) and len(data) == 2 and all(isinstance(each, (Tensor, Mapping)) for each in data)
+    if not isinstance(data, (tuple, list)) or len(cast("Sequence[Any]", data)) != 2:
+        return False
+    first, second = cast("Sequence[Any]", data)
+    if isinstance(data, tuple):
+        return second is None or isinstance(second, (Tensor, Mapping))
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)) or first.ndim == 0 or second.ndim == 0:
+        return False
+    return len(first) == len(second) and (first.dtype != second.dtype or first.shape != second.shape)
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
     """(inputs, targets) of one batch.
 
-    The targets of a mapping are its entry "labels", "label", "targets", "target" or "y", or else the mapping itself; a batch that
-    is one tensor has no targets (None).
+    The targets of a mapping are its entry "labels", "label", "targets", "target" or "y", or else the mapping itself; a batch
+    that is one tensor, or a sequence that holds just one thing, has no targets (None).
     """
     if isinstance(batch, Mapping):
-        key = next((name for name in _TARGETS if name in batch), None)
+        key = _target_key(cast("Mapping[str, Any]", batch))
         return batch, batch if key is None else batch[key]
     if isinstance(batch, Tensor):
         return batch, None
-    if isinstance(batch, Sequence) and len(batch) == 2:
-        return batch[0], batch[1]
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(cast("Sequence[Any]", batch)) in (1, 2):
+        parts = cast("Sequence[Any]", batch)
+        return parts[0], parts[1] if len(parts) == 2 else None
+    found = type(batch).__name__
+    if isinstance(batch, Sequence):
+        found += f" of length {len(cast('Sequence[Any]', batch))}"
     raise GeometryError(
-        f"a batch must be (inputs, targets) or a mapping, found {type(batch).__name__}. Wrap the data accordingly, or collate them "
-        "in the DataLoader."
+        f"a batch must be (inputs, targets) or a mapping, found {found}. With several inputs pass ((x1, x2), y), or collate "
+        "the batches in the DataLoader accordingly."
     )
 
 
 def batch_size(inputs: Any) -> int:
     """The number of samples: the length of the first tensor's first axis."""
+    size = _size(inputs)
+    if size is None:
+        found = "a 0-dimensional tensor" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__} without such a tensor"
+        raise GeometryError(
+            "cannot tell the number of samples of a batch of inputs: it needs a tensor with a sample axis in front, found "
+            f"{found}. Batches are tensors, or mappings and tuples of tensors, with the samples along the first axis; use "
+            "x.unsqueeze(0) for one sample."
+        )
+    return size
+
+
+def _size(inputs: Any) -> int | None:
     if isinstance(inputs, Tensor):
-        if inputs.ndim == 0:
-            raise GeometryError("a batch of inputs needs a sample axis in front, found a 0-dimensional tensor. Use x.unsqueeze(0).")
-        return inputs.shape[0]
-    values: Iterable[Any] = inputs.values() if isinstance(inputs, Mapping) else inputs
-    for each in values:
-        if isinstance(each, (Tensor, Mapping, list, tuple)):
-            return batch_size(each)
-    raise GeometryError(
-        f"cannot tell the number of samples of a batch of type {type(inputs).__name__}: it contains no tensor. Batches are tensors or "
-        "mappings of tensors with the samples along the first axis."
-    )
+        return inputs.shape[0] if inputs.ndim else None
+    if isinstance(inputs, Mapping):
+        inputs = tuple(cast("Mapping[str, Any]", inputs).values())
+    if isinstance(inputs, (list, tuple)):
+        sizes = (_size(each) for each in cast("Sequence[Any]", inputs))
+        return next((size for size in sizes if size is not None), None)
+    return None
 
 
 def take(inputs: Any, index: slice) -> Any:
-    """Some samples of a batch of inputs (tensors, mappings, sequences)."""
+    """Some samples of a batch of inputs (tensors, mappings, sequences); what is no tensor stays."""
     if isinstance(inputs, Tensor):
-        return inputs[index]
+        return inputs[index] if inputs.ndim else inputs
     if isinstance(inputs, Mapping):
-        return {name: take(each, index) for name, each in inputs.items()}
+        return {name: take(each, index) for name, each in cast("Mapping[str, Any]", inputs).items()}
     if isinstance(inputs, (list, tuple)):
-        return type(inputs)(take(each, index) for each in inputs)
+        return tuple(take(each, index) for each in cast("Sequence[Any]", inputs))
     return inputs
 
 
 def without_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a mapping that are inputs: all but the targets."""
-    key = next((name for name in _TARGETS if name in inputs), None)
+    key = _target_key(inputs)
     return {name: value for name, value in inputs.items() if name != key}
+
+
+def _target_key(batch: Mapping[str, Any]) -> str | None:
+    return next((name for name in _TARGETS if name in batch), None)
+
+
+def _tensors(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        for each in cast("Mapping[str, Any]", data).values():
+            yield from _tensors(each)
+    elif isinstance(data, (list, tuple)):
+        for each in cast("Sequence[Any]", data):
+            yield from _tensors(each)
+
+
+def require_match(data: Any, others: Any, what: str, error: Exception, *, like: str = "the parameters") -> None:
+    """Raise a clear error if device or dtype of `data` explain why an evaluation failed with `error`."""
+    mine, theirs = list(_tensors(data)), list(_tensors(others))
+    if not mine or not theirs:
+        return
+    devices = {str(each.device) for each in mine}
+    expected = {str(each.device) for each in theirs}
+    if devices != expected:
+        raise GeometryError(
+            f"{what} are on {_words(devices)}, {like} on {_words(expected)}, and the evaluation failed ({error}). Move one of "
+            f"them: x.to('{min(expected)}') or geo.to(device)."
+        ) from error
+    kinds = {str(each.dtype) for each in mine if each.is_floating_point()}
+    wanted = {str(each.dtype) for each in theirs if each.is_floating_point()}
+    if kinds and wanted and kinds != wanted and not torch.is_autocast_enabled(theirs[0].device.type):
+        raise GeometryError(
+            f"{what} are {_words(kinds)}, {like} {_words(wanted)}, and the evaluation failed ({error}). Convert one of them: "
+            f"x.to({min(wanted)}) or geo.to({min(kinds)})."
+        ) from error
+
+
+def _words(kinds: set[str]) -> str:
+    return " and ".join(sorted(kinds))

@@ -151,6 +151,7 @@ class Pullback(MetricField):
         return FieldOperator(self, x)
 
     def product(self, x: Blocks, v: Blocks) -> Blocks:
-        y, velocity = torch.func.jvp(self.map, (x,), (v,))
-        _, pull = torch.func.vjp(self.map, x)
+        both: Any = torch.func.jvp(self.map, (x,), (v,))
+        y, velocity = both
+        pull: Any = torch.func.vjp(self.map, x)[1]
         return pull(self.metric.product(y, velocity))[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateImportUsage]
+from torch.utils import _pytree as pytree
 
 from geoad.errors import GeometryError
 
@@ -25,6 +25,7 @@ __all__ = [
     "dot",
     "equal",
     "first",
+    "insert_axes",
     "is_wrapped",
     "map_blocks",
     "register_pytree",
@@ -44,7 +45,7 @@ class Layout(Mapping[str, torch.Size]):
     (8, ('w', 'b'))
     """
 
-    __slots__ = ("_hash", "_shapes", "dim", "names", "sizes")
+    __slots__ = ("_hash", "_shapes", "dim", "names", "row", "sizes")
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
         if not shapes:
@@ -57,6 +58,8 @@ class Layout(Mapping[str, torch.Size]):
         self.names: tuple[str, ...] = tuple(self._shapes)
         self.sizes: tuple[int, ...] = tuple(shape.numel() for shape in self._shapes.values())
         self.dim: int = sum(self.sizes)
+        # the name of the only block, if it is a plain row of numbers: then there is nothing to ravel
+        self.row: str | None = self.names[0] if len(self.names) == 1 and len(self._shapes[self.names[0]]) == 1 else None
         self._hash = hash(tuple(self._shapes.items()))
 
     def __getitem__(self, name: str) -> torch.Size:
@@ -104,6 +107,8 @@ class Layout(Mapping[str, torch.Size]):
 
     def ravel(self, blocks: Blocks) -> Tensor:
         """All blocks as one tensor of shape (*batch, dim), in the order of the layout."""
+        if self.row is not None:
+            return blocks[self.row]
         parts: list[Tensor] = []
         for name, shape in self._shapes.items():
             block = blocks[name]
@@ -112,6 +117,8 @@ class Layout(Mapping[str, torch.Size]):
 
     def unravel(self, vector: Tensor) -> Blocks:
         """The inverse of `ravel`."""
+        if self.row is not None:
+            return {self.row: vector}
         parts = vector.split(self.sizes, dim=-1)
         return {
             name: part.reshape((*part.shape[:-1], *shape))
@@ -148,6 +155,13 @@ class Layout(Mapping[str, torch.Size]):
 def map_blocks(fn: Callable[..., Tensor], *blocks: Blocks) -> Blocks:
     """Apply `fn` block by block."""
     return {name: fn(*(each[name] for each in blocks)) for name in blocks[0]}
+
+
+def insert_axes(tensor: Tensor, position: int, count: int) -> Tensor:
+    """`tensor` with `count` axes of length 1 in front of axis `position`."""
+    if count <= 0:
+        return tensor
+    return tensor.reshape(*tensor.shape[:position], *(1,) * count, *tensor.shape[position:])
 
 
 def add(a: Blocks, b: Blocks) -> Blocks:
@@ -196,8 +210,9 @@ def is_wrapped(a: Blocks) -> bool:
     if torch.compiler.is_compiling():
         return True
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+    leaves: list[Any] = list(a.values())
     # leaves that are no tensors are put there by pytree utilities (axis numbers, specs)
-    return any(not isinstance(block, Tensor) or bool(wrapped(block)) for block in a.values())
+    return any(not isinstance(leaf, Tensor) or bool(wrapped(leaf)) for leaf in leaves)
 
 
 def _unwrap(tensor: Tensor) -> Tensor:
@@ -220,9 +235,18 @@ def equal(a: Blocks, b: Blocks) -> bool:
         block, other = _unwrap(block.detach()), _unwrap(other.detach())
         if block.shape != other.shape or block.dtype != other.dtype or block.device != other.device:
             return False
-        if not torch.equal(block, other):
+        if not torch.equal(block, other) and not _same_bits(block, other):
             return False
     return True
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """True if two floating point tensors that hold a nan agree bit for bit; ``torch.equal`` says no to any nan."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = kinds.get(a.element_size())
+    if kind is None or not a.is_floating_point() or not bool(a.isnan().any()):
+        return False
+    return torch.equal(a.view(kind), b.view(kind))
 
 
 def register_pytree(

@@ -84,7 +84,9 @@ def log_abs_det(at: Point, end: Chart) -> Tensor:
 
 def dense(data: Tensor, ups: Sequence[bool | None], at: Point, end: Chart) -> Tensor:
     """Move raveled components (n_1, ..., n_k): each axis by its own law; None marks an axis that does not move."""
-    layout = at.chart.layout
+    layout, points = at.chart.layout, at.batch_shape
+    if data.ndim - len(ups) < len(points):
+        data = data.expand(*points, *data.shape)
     for axis, up in enumerate(ups):
         if up is None:
             continue

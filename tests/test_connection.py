@@ -39,7 +39,7 @@ def close(a: Tensor, b: Tensor, tol: float = 1e-11) -> None:
 def rough(x: Tensor) -> Tensor:
     """A metric without symmetries: M Mᵀ + 1 with M depending on x."""
     d = x.shape[0]
-    m = torch.outer(x, torch.arange(1.0, d + 1, dtype=x.dtype).cos()) + 0.5 * torch.sin(x)[:, None]
+    m = x[:, None] * torch.arange(1.0, d + 1, dtype=x.dtype).cos() + 0.5 * torch.sin(x)[:, None]
     return m @ m.mT + torch.eye(d, dtype=x.dtype)
 
 
@@ -357,14 +357,14 @@ def test_great_circles() -> None:
     p = chart.point(x)
     start = chart.vector(v, at=p)
     times = [0.3, 1.0, -0.7, 0.0]
-    found = geoad.geodesic(field, p, start, times, steps=256, return_velocity=True)
+    found = geoad.geodesic(field, p, start, times, steps=128, return_velocity=True)
     for time, (point, velocity) in zip(times, found, strict=True):
         close(point.components, great_circle(x, v, time), 1e-9)
         close(field(point).norm(velocity), field(p).norm(start), 1e-9)  # energy
     close(found[-1][0].components, x)
     # half way around: the antipode
     half = math.pi / float(field(p).norm(start))
-    close(geoad.geodesic(field, p, start, half, steps=400).components, torch.tensor([math.pi - 1.1, 0.2 + math.pi]), 1e-8)
+    close(geoad.geodesic(field, p, start, half, steps=200).components, torch.tensor([math.pi - 1.1, 0.2 + math.pi]), 1e-8)
 
 
 def test_order_of_runge_kutta() -> None:
@@ -390,8 +390,8 @@ def test_geodesic_is_the_same_in_every_chart(recipe: str) -> None:
     close(there.to(theta).components, here.components)
     close(moved.to(theta).components, velocity.components)
     # a field that is computed in psi takes other steps on the same curve
-    own = geoad.geodesic(psi.metric_field(matrix_in(psi, rough)), p, v, steps=64)
-    close(own.components, geoad.geodesic(field, p, v, steps=64).components, 1e-7)
+    own = geoad.geodesic(psi.metric_field(matrix_in(psi, rough)), p, v, steps=16)
+    close(own.components, geoad.geodesic(field, p, v, steps=16).components, 1e-6)
 
 
 def test_gaussians_lie_on_semicircles() -> None:
@@ -408,7 +408,7 @@ def test_gaussians_lie_on_semicircles() -> None:
     v = chart.vector(torch.tensor([math.sqrt(2) * radius / cosh**2, -radius / cosh * math.tanh(s)]), at=p)
     close(field(p).norm(v), torch.tensor(math.sqrt(2)))
     for time in (0.5, 1.5, -1.0):
-        close(geoad.geodesic(field, p, v, time, steps=200).components, curve(s + time), 1e-8)
+        close(geoad.geodesic(field, p, v, time, steps=96).components, curve(s + time), 1e-7)
 
 
 def test_flat_metrics_are_exact() -> None:
@@ -420,7 +420,7 @@ def test_flat_metrics_are_exact() -> None:
         close(geoad.geodesic(metric, p.to(psi), v.to(psi), 0.5).to(theta).ravel(), line.ravel())
     point, velocity = geoad.geodesic(None, p.to(psi), v.to(psi), 0.5, return_velocity=True)
     close(velocity.to(theta).components, v.components)
-    assert geoad.same_point(point.to(theta), line) if hasattr(geoad, "same_point") else True
+    close(point.to(theta).ravel(), line.ravel())
     # constant in psi: the straight line of psi
     other = geoad.geodesic(geoad.metrics.Euclidean(psi), p, v, 0.5)
     close(other.to(psi).ravel(), p.to(psi).ravel() + 0.5 * v.to(psi).ravel())
@@ -500,7 +500,7 @@ def test_integrators_agree(method: str) -> None:
     field = theta.metric_field(rough)
     v = theta.vector(torch.tensor([0.2, -0.1, 0.15]), at=p)
     times = [1.0, -0.5, 0.0, 0.4]
-    ours = geoad.geodesic(field, p.to(psi), v.to(psi), times, steps=200, return_velocity=True)
+    ours = geoad.geodesic(field, p.to(psi), v.to(psi), times, steps=64, return_velocity=True)
     theirs = geoad.geodesic(field, p.to(psi), v.to(psi), times, method=method, return_velocity=True)
     for (a, u), (b, w) in zip(ours, theirs, strict=True):
         close(a.ravel(), b.ravel(), 1e-8)
@@ -656,7 +656,7 @@ def test_spherical_triangle() -> None:
 
 def curve_of(theta: geoad.Chart) -> Callable[[Tensor], geoad.Point]:
     def curve(s: Tensor) -> geoad.Point:
-        return theta.point(torch.stack([0.4 + s, 0.5 * torch.cos(2 * s), 0.3 - s**2]))
+        return theta.point(torch.stack([0.4 + 0.4 * s, 0.5 * torch.cos(0.8 * s), 0.3 - 0.2 * s**2]))
 
     return curve
 
@@ -671,7 +671,7 @@ def test_isometry_of_all_types(recipe: str) -> None:
     w = theta.covector(torch.tensor([0.2, 0.1, -0.7]), at=p)
 
     def carried(thing: Any) -> Any:
-        return geoad.parallel_transport(field, curve, thing, steps=128)
+        return geoad.parallel_transport(field, curve, thing, steps=16)
 
     close(field(q)(carried(u), carried(v)), field(p)(u, v), 1e-8)
     close(field(q).norm(carried(w)), field(p).norm(w), 1e-8)
@@ -711,12 +711,12 @@ def test_transport_and_back() -> None:
     close(back.components, v.components, 1e-6)
     # a polygon; its segments are straight in the home chart
     corners = [curve(torch.tensor(s)) for s in (0.0, 0.3, 1.0)]
-    along = geoad.parallel_transport(field, corners, v, steps=200)
-    returned = geoad.parallel_transport(field, corners[::-1], along, steps=200)
+    along = geoad.parallel_transport(field, corners, v, steps=64)
+    returned = geoad.parallel_transport(field, corners[::-1], along, steps=64)
     close(returned.components, v.components, 1e-8)
     close(field(corners[-1]).norm(along), field(corners[0]).norm(v), 1e-8)
-    fine = geoad.parallel_transport(field, [curve(torch.tensor(s)) for s in torch.linspace(0, 1, 401).tolist()], v)
-    close(fine.components, geoad.parallel_transport(field, curve, v, steps=200).components, 1e-4)
+    fine = geoad.parallel_transport(field, [curve(torch.tensor(s)) for s in torch.linspace(0, 1, 65).tolist()], v)
+    close(fine.components, geoad.parallel_transport(field, curve, v).components, 1e-4)
     close(geoad.parallel_transport(field, corners[:1], v).components, v.components)
 
 
@@ -724,8 +724,8 @@ def test_order_of_transport() -> None:
     theta, _, _ = pair("softplus")
     field, curve = theta.metric_field(rough), curve_of(theta)
     v = theta.vector(torch.tensor([0.3, -1.0, 0.5]), at=curve(torch.tensor(0.0)))
-    exact = geoad.parallel_transport(field, curve, v, steps=512).components
-    errors = [float((geoad.parallel_transport(field, curve, v, steps=n).components - exact).norm()) for n in (16, 32, 64)]
+    exact = geoad.parallel_transport(field, curve, v, steps=128).components
+    errors = [float((geoad.parallel_transport(field, curve, v, steps=n).components - exact).norm()) for n in (4, 8, 16)]
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert 3.6 < math.log2(coarse / fine) < 4.4
 
@@ -736,9 +736,9 @@ def test_velocity_of_a_geodesic_is_parallel() -> None:
     p = chart.point(torch.tensor([1.1, 0.2]))
     v = chart.vector(torch.tensor([0.4, 0.9]), at=p)
     end, velocity = geoad.geodesic(field, p, v, steps=100, return_velocity=True)
-    carried = geoad.parallel_transport(field, lambda s: geoad.geodesic(field, p, v, s, steps=20), v, steps=20)
-    close(carried.components, velocity.components, 1e-5)
-    close(carried.at.components, end.components, 1e-6)
+    carried = geoad.parallel_transport(field, lambda s: geoad.geodesic(field, p, v, s, steps=8), v, steps=8)
+    close(carried.components, velocity.components, 1e-3)
+    close(carried.at.components, end.components, 1e-4)
 
 
 def test_flat_transport() -> None:
@@ -1009,7 +1009,7 @@ def test_what_derivatives_refuse() -> None:
         geoad.covariant_derivative(geoad.grad(loss), geoad.metrics.Euclidean(other))(p)
     with pytest.raises(ChartMismatchError):
         geoad.covariant_derivative(loss, geoad.metrics.Euclidean(other))
-    with pytest.raises(ChartMismatchError, match="another"):
+    with pytest.raises(ChartMismatchError, match="manifold"):
         geoad.covariant_derivative(lambda q: other.vector(torch.ones(3), at=other.point(torch.ones(3))), field)(p)
     with pytest.raises(GeometryError, match="chunk_size"):
         geoad.covariant_derivative(loss, field, chunk_size=0)

@@ -146,12 +146,14 @@ def jvp(fn: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[A
         def plain(x: Blocks) -> Tensor:
             return torch.stack([coefficient * part(x) for coefficient, part in field.parts()]).sum()
 
-        return torch.func.jvp(plain, (p.to(field.home).blocks,), (v.blocks,))
+        both: Any = torch.func.jvp(plain, (p.to(field.home).blocks,), (v.blocks,))
+        return both
     points = [as_point(x) for x in primals]
     homes = [p.chart.reference for p in points]
     x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
     v = tuple(_tangent(p, t).to(home).components for p, t, home in zip(points, tangents, homes, strict=True))
-    return torch.func.jvp(fn, x, v)
+    result: Any = torch.func.jvp(fn, x, v)
+    return result
 
 
 def _tangent(p: Point, v: Any) -> Vector:
@@ -200,7 +202,8 @@ def pushforward(fn: Any, v: Vector, *, space: Chart | None = None) -> Any:
             "vector of a covector use metric.sharp."
         )
     mapping = _Map(fn, v.at, space)
-    value, velocity = torch.func.jvp(mapping, (mapping.here.blocks,), (v.to(mapping.home).blocks,))
+    both: Any = torch.func.jvp(mapping, (mapping.here.blocks,), (v.to(mapping.home).blocks,))
+    value, velocity = both
     target = mapping.target()
     point = mapping.here.to(target) if isinstance(fn, Reparametrization) else target.point(target.layout.unravel(value))
     return Vector(target, target.layout.unravel(velocity), point)

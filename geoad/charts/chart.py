@@ -17,9 +17,9 @@ from geoad.maps.select import Recipe, bind
 from geoad.params import Blocks, Layout, is_wrapped
 
 if TYPE_CHECKING:
-    from geoad.fields import MetricField, ScalarField
     from geoad.charts.point import Point
     from geoad.charts.reparametrization import Reparametrization
+    from geoad.fields import MetricField, ScalarField
     from geoad.tensors import Cometric, Covector, Endomorphism, Form, Metric, Vector
 
 __all__ = ["Chart", "Components", "makers", "path"]
@@ -74,6 +74,7 @@ class Chart:
         self.uid = uid or uuid.uuid4().hex
         self.children: weakref.WeakSet[Chart] = weakref.WeakSet()
         self._snapshot: tuple[int, list[Tensor]] | None = None
+        self._learnable: bool | None = None
         if parent is not None:
             parent.source.children.add(self)
 
@@ -135,12 +136,11 @@ class Chart:
     @property
     def learnable(self) -> bool:
         """True if a map between the reference chart and this one has parameters."""
-        chart = self
-        while chart.parent is not None:
-            if chart.parent.map.learnable:
-                return True
-            chart = chart.parent.source
-        return False
+        if self.parent is None:
+            return False
+        if self._learnable is None:  # bound maps keep what they have
+            self._learnable = self.parent.map.learnable or self.parent.source.learnable
+        return self._learnable
 
     def descendants(self) -> list[Chart]:
         """This chart and all living charts that were made from it."""
@@ -281,11 +281,11 @@ def path(start: Chart, end: Chart) -> list[tuple[Reparametrization, bool]]:
     """
     if start is end:
         return []
-    above: dict[str, int] = {}
+    above: dict[Chart, int] = {}  # not by uid: copies of a learnable chart may have been trained apart
     up: list[Reparametrization] = []
     chart: Chart = start
     while True:
-        above[chart.uid] = len(up)
+        above[chart] = len(up)
         if chart == end:
             return [(phi, False) for phi in up]
         if chart.parent is None:
@@ -294,7 +294,7 @@ def path(start: Chart, end: Chart) -> list[tuple[Reparametrization, bool]]:
         chart = chart.parent.source
     down: list[Reparametrization] = []
     chart = end
-    while chart.uid not in above:
+    while chart not in above:
         if chart.parent is None:
             raise ChartMismatchError(
                 f"cannot go from chart '{start.name}' to chart '{end.name}': they belong to different manifolds (reference "
@@ -303,4 +303,4 @@ def path(start: Chart, end: Chart) -> list[tuple[Reparametrization, bool]]:
             )
         down.append(chart.parent)
         chart = chart.parent.source
-    return [(phi, False) for phi in up[: above[chart.uid]]] + [(phi, True) for phi in reversed(down)]
+    return [(phi, False) for phi in up[: above[chart]]] + [(phi, True) for phi in reversed(down)]

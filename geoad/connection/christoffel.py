@@ -13,7 +13,6 @@ from geoad.connection import affine_law
 from geoad.connection.levi_civita import LeviCivita
 from geoad.errors import GeometryError, VarianceError
 from geoad.fields.metric import FormField
-from geoad.fields.scalar import require_point
 from geoad.params import is_wrapped, register_pytree
 from geoad.tensors import Axis, GeoTensor, TypedTensor, describe, require_same_place
 
@@ -206,9 +205,8 @@ def christoffel(metric: FormField | None = None) -> Callable[[Point], Christoffe
     connection = LeviCivita(metric, "the Christoffel symbols")
 
     def symbols(p: Point) -> Christoffel:
-        home = connection.home(require_point(p, p.chart if metric is None else metric.home, "a connection").chart)
-        here = p.to(home)
-        return Christoffel(home, connection.symbols(home, here.blocks), here).to(p.chart)
+        here = connection.place(p)
+        return Christoffel(here.chart, connection.symbols(here.chart, here.blocks), here).to(p.chart)
 
     return symbols
 

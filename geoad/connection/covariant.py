@@ -12,7 +12,7 @@ from geoad.charts import Chart, Point
 from geoad.connection.levi_civita import LeviCivita, near
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
-from geoad.fields.scalar import ScalarField, require_point
+from geoad.fields.scalar import ScalarField
 from geoad.params import Blocks
 from geoad.tensors import Axis, Density, LogDensity, TypedTensor, build, describe
 from geoad.tensors.general import as_general
@@ -32,11 +32,8 @@ class CovariantDerivative:
         return f"CovariantDerivative({self.field!r}, {self.connection.metric!r})"
 
     def __call__(self, p: Point) -> Any:
-        metric = self.connection.metric
-        home = self.connection.home(
-            require_point(p, p.chart if metric is None else metric.home, "a covariant derivative").chart
-        )
-        here = p.to(home)
+        here = self.connection.place(p)
+        home = here.chart
         axes: list[Axis] = []
 
         def at(x: Blocks) -> Tensor:

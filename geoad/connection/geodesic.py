@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from geoad.charts import Chart, Point, same_point
-from geoad.connection.integrate import Time, integrate
+from geoad.connection.integrate import Time, integrate, require_finite
 from geoad.connection.levi_civita import LeviCivita
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
@@ -119,7 +119,7 @@ def _together(layout: Layout, x: Blocks, u: Blocks) -> tuple[Blocks, Blocks]:
     repeated: Blocks = {}
     for name, shape in layout.items():
         block = x[name].reshape(*batch, *(1 for _ in range(extra)), *shape)
-        repeated[name] = block.expand(*wanted, *shape)
+        repeated[name] = block.expand((*wanted, *shape))
     return repeated, u
 
 
@@ -149,6 +149,7 @@ def _parts(state: Blocks, layout: Layout) -> tuple[Blocks, Blocks]:
 
 def _equation(connection: LeviCivita, home: Chart) -> Callable[[Blocks], Blocks]:
     def rate(state: Blocks) -> Blocks:
+        require_finite(state)
         x, u = _parts(state, home.layout)
         if home.parent is not None:
             home.point(x)  # raises ChartDomainError outside the domain

@@ -13,7 +13,7 @@ from torch import Tensor
 from geoad.errors import GeometryError
 from geoad.params import Blocks, Layout, add, axpy, first, is_wrapped
 
-__all__ = ["METHODS", "integrate", "rk4_step"]
+__all__ = ["METHODS", "integrate", "require_finite", "rk4_step"]
 
 METHODS = ("rk4", "scipy", "torchdiffeq")
 
@@ -52,7 +52,9 @@ def integrate(
         raise GeometryError(
             f"steps= must be a whole number of at least 1, found {steps!r}. It is the number of Runge-Kutta steps."
         )
-    if len(times) == 1 and method == "rk4":  # no value is read: works inside transforms
+    if len(times) == 1 and method == "rk4":  # a time inside a transform need not be known
+        if not (isinstance(times[0], Tensor) and is_wrapped({"": times[0]})):
+            _number(times[0])
         return [_march(rate, start, times[0], steps)]
     numbers = [_number(t) for t in times]
     longest = max((abs(t) for t in numbers), default=0.0)

@@ -6,6 +6,8 @@ with the metric is done outside of it, so that a singular metric is seen (inside
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from geoad.charts import Chart, Point, over_batch
 from geoad.connection.products import contracted, first_kind
 from geoad.errors import ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
+from geoad.fields.scalar import require_point
 from geoad.operators import CG
 from geoad.params import Blocks, Layout, first, is_wrapped
 from geoad.tensors import Metric
@@ -71,6 +74,17 @@ class LeviCivita:
                 "the same manifold."
             )
         return self.metric.home
+
+    def place(self, p: Any) -> Point:
+        """The point `p` in the chart to compute in."""
+        if self.metric is not None:
+            return require_point(p, self.metric.home, self.what).to(self.metric.home)
+        if not isinstance(p, Point):
+            raise ChartMismatchError(
+                f"{self.what} is evaluated at a Point, found {type(p).__name__}. Plain numbers have no chart, so it is not "
+                "known which point they mean. Pass geo.point() or chart.point(components)."
+            )
+        return p.to(p.chart.reference)
 
     # -- products ------------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,14 @@ from geoad.connection.levi_civita import LeviCivita, near
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
 from geoad.operators import CG
-from geoad.params import Blocks, axpy, sub
+from geoad.params import Blocks, Layout, axpy, sub
 from geoad.tensors import Density, GeoTensor, LogDensity, Rank1, Rank2, TypedTensor, describe
 from geoad.tensors.general import as_general
 
-__all__ = ["parallel_transport"]
+__all__ = ["MATRIX_FREE", "parallel_transport"]
+
+MATRIX_FREE = 64
+"""Above this number of coordinates vectors and covectors are transported without the matrix Γ(ẋ)."""
 
 T = TypeVar("T", bound=TypedTensor)
 Curve = Sequence[Point] | Callable[[Any], Point]
@@ -33,10 +36,10 @@ def parallel_transport(metric: FormField | None, curve: Curve, tensor: T, *, ste
 
     Solves :math:`\dot T^k = -\Gamma^k_{ij}\,\dot x^i T^j` for each upper and
     :math:`\dot T_k = \Gamma^j_{ik}\,\dot x^i T_j` for each lower index, in the home chart of the field. Lengths and angles, and
-    all contractions, are kept. Vectors and covectors take one product with the connection and one solve for each evaluation;
-    tensors with more indices use the (d, d) matrix Γ(ẋ). Axes of other spaces, frame and batch axes are untouched. With a
-    metric that is constant in its home chart (or None: the flat reference metric) the components in that chart stay the same,
-    on any curve.
+    all contractions, are kept. The (d, d) matrix Γ(ẋ) is made twice a step; in more than 64 coordinates single vectors and
+    covectors do without it, by one product with the connection and one solve for each of the four evaluations. Axes of other
+    spaces, frame and batch axes are untouched. With a metric that is constant in its home chart (or None: the flat reference
+    metric) the components in that chart stay the same, on any curve.
 
     Args:
         metric: a metric field, or None.
@@ -77,15 +80,15 @@ def parallel_transport(metric: FormField | None, curve: Curve, tensor: T, *, ste
         )
     goal = end.to(tensor.chart)
     if connection.flat:
-        return tensor.carry(to=goal, chart=home)  # pyright: ignore
+        return tensor.carry(to=goal, chart=home)
     here = tensor.to(home)
     if isinstance(here, (Density, LogDensity)):
         return _density(connection, here, end).to(tensor.chart)  # pyright: ignore
     data = here.ravel() if isinstance(here, Rank1) else as_general(here).data
-    rate = _rate(connection, here, len(start.batch_shape))
+    equation = _equation(connection, here, len(start.batch_shape))
     count = _steps(steps, len(pieces))
     for piece in pieces:
-        data = _march(rate, piece, data, count)
+        data = _march(equation, piece, data, count)
     return _rebuilt(here, data, end).to(tensor.chart)
 
 
@@ -152,46 +155,59 @@ def _steps(steps: Any, pieces: int) -> int:
     return max(1, math.ceil(steps / max(1, pieces)))
 
 
-def _rate(connection: LeviCivita, tensor: TypedTensor, points: int) -> Callable[[Blocks, Blocks, Tensor], Tensor]:
-    """dT/ds as a function of coordinates, velocity and the dense components of T."""
+_Generator = Callable[[Tensor], Tensor]
+"""dT/ds as a function of the dense components of T, at a point of the curve."""
+
+
+def _equation(connection: LeviCivita, tensor: TypedTensor, points: int) -> Callable[[Blocks, Blocks], _Generator]:
+    """The generator of the transport at given coordinates and velocity."""
     layout = tensor.chart.layout
-    if isinstance(tensor, Rank1) and len(tensor.batch_shape) == points:
-        sign = -1.0 if tensor.up else 1.0
-
-        def matrix_free(x: Blocks, velocity: Blocks, data: Tensor) -> Tensor:
-            blocks = layout.unravel(data)
-            if tensor.up:
-                return sign * layout.ravel(connection.raised(x, connection.lowered(x, velocity, blocks)))
-            return sign * layout.ravel(connection.contracted(x, velocity, connection.raised(x, blocks)))
-
-        return matrix_free
+    if isinstance(tensor, Rank1) and len(tensor.batch_shape) == points and layout.dim > MATRIX_FREE:
+        return _matrix_free(connection, tensor.up, layout)
     axes = [axis.up if axis.chart == tensor.chart else None for axis in tensor.axes]
 
-    def dense(x: Blocks, velocity: Blocks, data: Tensor) -> Tensor:
+    def at(x: Blocks, velocity: Blocks) -> _Generator:
         matrix = connection.along(x, velocity)
-        total = torch.zeros_like(data)
-        for axis, up in enumerate(axes):
-            if up is None:
-                continue
-            last = data.movedim(axis - len(axes), -1)
-            rows = last.reshape(*last.shape[:points], -1, layout.dim)
-            turned = -(rows @ matrix.mT) if up else rows @ matrix
-            total = total + turned.reshape(last.shape).movedim(-1, axis - len(axes))
-        return total
 
-    return dense
+        def generator(data: Tensor) -> Tensor:
+            total = torch.zeros_like(data)
+            for axis, up in enumerate(axes):
+                if up is None:
+                    continue
+                last = data.movedim(axis - len(axes), -1)
+                rows = last.reshape(*last.shape[:points], -1, layout.dim)
+                turned = -(rows @ matrix.mT) if up else rows @ matrix
+                total = total + turned.reshape(last.shape).movedim(-1, axis - len(axes))
+            return total
+
+        return generator
+
+    return at
 
 
-def _march(rate: Callable[[Blocks, Blocks, Tensor], Tensor], piece: _Piece, data: Tensor, steps: int) -> Tensor:
-    """Classical Runge-Kutta steps through one piece of the curve."""
+def _matrix_free(connection: LeviCivita, up: bool, layout: Layout) -> Callable[[Blocks, Blocks], _Generator]:
+    def at(x: Blocks, velocity: Blocks) -> _Generator:
+        def vector(data: Tensor) -> Tensor:
+            return -layout.ravel(connection.raised(x, connection.lowered(x, velocity, layout.unravel(data))))
+
+        def covector(data: Tensor) -> Tensor:
+            return layout.ravel(connection.contracted(x, velocity, connection.raised(x, layout.unravel(data))))
+
+        return vector if up else covector
+
+    return at
+
+
+def _march(equation: Callable[[Blocks, Blocks], _Generator], piece: _Piece, data: Tensor, steps: int) -> Tensor:
+    """Classical Runge-Kutta steps through one piece of the curve; the equation is linear in T."""
     h = 1.0 / steps
-    ahead = piece(0.0)
+    ahead = equation(*piece(0.0))
     for i in range(steps):
-        here, middle, ahead = ahead, piece((i + 0.5) * h), piece((i + 1) * h)
-        k1 = rate(*here, data)
-        k2 = rate(*middle, data + h / 2 * k1)
-        k3 = rate(*middle, data + h / 2 * k2)
-        k4 = rate(*ahead, data + h * k3)
+        here, middle, ahead = ahead, equation(*piece((i + 0.5) * h)), equation(*piece((i + 1) * h))
+        k1 = here(data)
+        k2 = middle(data + h / 2 * k1)
+        k3 = middle(data + h / 2 * k2)
+        k4 = ahead(data + h * k3)
         data = data + h / 6 * (k1 + 2 * (k2 + k3) + k4)
         require_finite({"": data})
     return data

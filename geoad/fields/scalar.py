@@ -165,8 +165,9 @@ class ScalarField:
         if isinstance(other, Tensor) and other.ndim == 0:
             other = ScalarField(self.home, _Constant(other))
         if not isinstance(other, ScalarField):
-            if hasattr(other, "scaled_by"):
-                return other.scaled_by(self)
+            scaled_by = getattr(other, "scaled_by", None)
+            if scaled_by is not None:
+                return scaled_by(self)
             raise VarianceError(_not_scalar("multiply", other))
         home, a, b = self._with(other)
         return ScalarField(home, _Combined(torch.mul, [a, b]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from geoad.charts import Chart, path
 from geoad.params import Blocks
 
@@ -14,6 +16,15 @@ class Transition:
     def __init__(self, start: Chart, end: Chart) -> None:
         self.start, self.end = start, end
         self.steps = [(phi.map, along) for phi, along in path(start, end)]
+
+    @property
+    def blockwise(self) -> bool:
+        """Every block is mapped by itself."""
+        return all(bound.blockwise for bound, _ in self.steps)
+
+    def numbers(self) -> list[nn.Parameter]:
+        """The parameters of learnable maps on the way."""
+        return [parameter for bound, _ in self.steps for parameter in bound.parameters()]
 
     def __call__(self, x: Blocks) -> Blocks:
         """The coordinates in `end`."""

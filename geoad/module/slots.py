@@ -7,19 +7,40 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
-from geoad.errors import GeometryError
+from geoad.errors import GeometryError, UnsupportedModuleError
 
-__all__ = ["Slots", "select"]
+__all__ = ["Selection", "Slots", "matching", "select"]
 
 Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def matching(patterns: str | Iterable[str], aliases: dict[str, list[str]], what: str) -> list[str]:
+    """The names of which some alias matches a pattern (fnmatch), in order; a pattern that matches nothing raises."""
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(
+                f"{what}: expected name patterns, found {type(pattern).__name__}. Parameters are chosen by name, for in "
+                "another chart other tensors stand under the same names. Use patterns such as '*.weight'; the names are "
+                f"{list(aliases)}."
+            )
+        if not any(fnmatchcase(alias, pattern) for names in aliases.values() for alias in names):
+            raise GeometryError(
+                f"{what}: the pattern '{pattern}' matches no parameter; it would select nothing. The names are "
+                f"{list(aliases)}; note that '*.weight' does not match a bare 'weight'. Mend the pattern."
+            )
+    return [n for n, names in aliases.items() if any(fnmatchcase(alias, each) for alias in names for each in wanted)]
 
 
 def select(net: nn.Module, params: Selection) -> dict[str, nn.Parameter]:
     """The parameters that become coordinates, in the order of ``net.named_parameters()``.
 
     Args:
-        params: None for all with ``requires_grad``; a name pattern or several (fnmatch); or a predicate (name, parameter).
+        net: the network.
+        params: None for all with ``requires_grad``; a name pattern or several (fnmatch; a shared parameter answers to each of
+            its names); or a predicate (name, parameter).
     """
     available = dict(net.named_parameters())
     if params is None:
@@ -27,25 +48,36 @@ def select(net: nn.Module, params: Selection) -> dict[str, nn.Parameter]:
     elif callable(params):
         chosen = {name: p for name, p in available.items() if params(name, p)}
     else:
-        patterns = [params] if isinstance(params, str) else [str(each) for each in params]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in available):
-                raise GeometryError(
-                    f"params: the pattern '{pattern}' matches no parameter. The network has {list(available)}. Mend the pattern; "
-                    "shared parameters appear under their first name only."
-                )
-        chosen = {name: p for name, p in available.items() if any(fnmatchcase(name, each) for each in patterns)}
+        known = matching(params, _aliases(net, available), "params")
+        chosen = {name: available[name] for name in known}
     if not chosen:
         raise GeometryError(
-            f"no parameter is selected, so the network has no coordinates. It has the parameters {list(available)}; by default those "
-            "with requires_grad=True are taken. Set requires_grad, or pass params=."
+            f"no parameter is selected, so the network has no coordinates. It has the parameters {list(available)}; by default "
+            "those with requires_grad=True are taken. Set requires_grad, or pass params=."
         )
     for name, parameter in chosen.items():
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise UnsupportedModuleError(
+                f"parameter '{name}' has no shape yet: it belongs to a lazy module. Coordinates need a shape; run the network "
+                "once on a batch, then wrap it."
+            )
         if not parameter.is_floating_point():
             raise GeometryError(
-                f"parameter '{name}' is {parameter.dtype}; coordinates must be real floating point numbers. Leave it out with params=."
+                f"parameter '{name}' is {parameter.dtype}; coordinates must be real floating point numbers. Leave it out with "
+                "params=."
             )
     return chosen
+
+
+def _aliases(net: nn.Module, chosen: dict[str, nn.Parameter]) -> dict[str, list[str]]:
+    """All names of each parameter: shared ones, and those in modules that are used twice, have several."""
+    names = {id(parameter): name for name, parameter in chosen.items()}
+    found: dict[str, list[str]] = {name: [] for name in chosen}
+    for path, parameter in net.named_parameters(remove_duplicate=False):
+        name = names.get(id(parameter))
+        if name is not None:
+            found[name].append(path)
+    return found
 
 
 class Slots:
@@ -54,34 +86,37 @@ class Slots:
     def __init__(self, net: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
         names = {id(parameter): name for name, parameter in chosen.items()}
         self.places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in chosen}
-        self.aliases: dict[str, list[str]] = {name: [] for name in chosen}
-        for path, module in net.named_modules():
+        self.aliases = _aliases(net, chosen)
+        for module in net.modules():
             for attribute, parameter in module._parameters.items():
                 name = names.get(id(parameter))
                 if name is not None:
                     self.places[name].append((module, attribute))
-                    self.aliases[name].append(f"{path}.{attribute}" if path else attribute)
 
     def read(self) -> dict[str, Any]:
-        """What sits in the slots now."""
-        return {name: places[0][0]._parameters[places[0][1]] for name, places in self.places.items()}
+        """What sits in the slots now (in the first one of a shared parameter)."""
+        try:
+            return {name: places[0][0]._parameters[places[0][1]] for name, places in self.places.items()}
+        except KeyError as error:
+            raise GeometryError(
+                f"the parameter {error} was removed from its module after the network was wrapped (a parametrization does "
+                "that). The coordinates of the manifold are fixed when it is made; change the network first, then wrap it anew "
+                "in a GeoModule."
+            ) from error
+
+    def read_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters in the slots, if they still are parameters of the right shapes, tied as before."""
+        found = self.read()
+        for name, places in self.places.items():
+            if any(module._parameters.get(attribute) is not found[name] for module, attribute in places):
+                raise GeometryError(
+                    f"the shared parameter '{name}' was replaced under one of its names {self.aliases[name]} only. It is one "
+                    "coordinate block; replace it everywhere, or wrap the network anew."
+                )
+        return found
 
     def write(self, parameters: dict[str, nn.Parameter]) -> None:
         """Put parameters into all their slots."""
         for name, parameter in parameters.items():
             for module, attribute in self.places[name]:
                 module._parameters[attribute] = parameter
-
-    def owners(self) -> list[nn.Module]:
-        """The modules that own a slot."""
-        found = {id(module): module for places in self.places.values() for module, _ in places}
-        return list(found.values())
-
-    def holds(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> bool:
-        """True if `module` itself holds one of `parameters` in a slot."""
-        return any(
-            module._parameters[attribute] is parameters[name]
-            for name, places in self.places.items()
-            for owner, attribute in places
-            if owner is module
-        )

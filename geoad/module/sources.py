@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from geoad.data import Batches, batch_size
+from geoad.data import Batches, require_match
 from geoad.errors import GeometryError
 from geoad.kernels.derivatives import Part
 from geoad.params import Blocks
@@ -26,35 +26,37 @@ class LossSource:
     def __init__(self, geo: GeoModule, loss: Callable[..., Tensor], data: Any, reduction: str) -> None:
         if reduction not in ("mean", "sum"):
             raise GeometryError(
-                f"reduction='{reduction}' is not known: a loss is a scalar, the 'mean' or the 'sum' over the samples. For per-sample "
-                "quantities use geoad.per_sample_grads."
+                f"reduction='{reduction}' is not known: a loss is a scalar, the 'mean' or the 'sum' over the samples. For "
+                "per-sample quantities use geoad.per_sample_grads."
+            )
+        if not callable(loss):
+            raise GeometryError(
+                f"the loss must be a function of (outputs, targets), found {type(loss).__name__}. Pass for instance "
+                "F.cross_entropy or torch.nn.MSELoss(); for a function of the network itself use geo.scalar_field."
             )
         own = getattr(loss, "reduction", None)
-        if own not in (None, "mean", "sum"):
-            raise GeometryError(
-                f"the loss has reduction='{own}', so it is no scalar. Build it with reduction='mean' or 'sum'."
-            )
+        if own not in (None, "mean", "batchmean", "sum"):
+            raise GeometryError(f"the loss has reduction='{own}', so it is no scalar. Build it with reduction='mean' or 'sum'.")
         self.geo, self.loss, self.reduction = geo, loss, reduction
         self.batches = data if isinstance(data, Batches) else Batches(data)
-        self._sums = own == "sum"
         self._takes_reduction = own is None and _accepts_reduction(loss)
+        self._summed = own == "sum" or (self._takes_reduction and reduction == "sum")
 
     def _batch(self, x: Blocks, inputs: Any, targets: Any) -> Tensor:
         outputs = self.geo.evaluate(x, inputs)
         arguments = (outputs,) if targets is None else (outputs, targets)
-        if self._takes_reduction:
-            return self.loss(*arguments, reduction=self.reduction)
-        return self.loss(*arguments)
+        options = {"reduction": self.reduction} if self._takes_reduction else {}
+        try:
+            return self.loss(*arguments, **options)
+        except RuntimeError as error:
+            require_match(targets, {"outputs": outputs}, "the targets", error, like="the outputs")
+            raise
 
     def parts(self) -> Iterable[Part]:
         """One part a batch; their sum is the mean (or the sum) over all samples."""
         total = self.batches.total if self.reduction == "mean" else 1
-        for inputs, targets in self.batches:
-            size = batch_size(inputs)
-            if size == 0:
-                continue
-            summed = self._sums or (self._takes_reduction and self.reduction == "sum")
-            coefficient = (1 if summed else size) / total
+        for size, inputs, targets in self.batches.sized():
+            coefficient = (1 if self._summed else size) / total
             yield coefficient, lambda x, inputs=inputs, targets=targets: self._batch(x, inputs, targets)
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
-from geoad.operators.base import Dense, Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
-from geoad.params import Blocks, Layout, add, map_blocks, scale
+from geoad.operators.base import Dense, Detached, Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
+from geoad.params import Blocks, Layout, add, is_wrapped, map_blocks, scale
 
-__all__ = ["DENSE_LIMIT", "compose", "plus", "times", "to_dense", "transpose"]
+__all__ = ["DENSE_LIMIT", "compose", "has_matrix", "is_symmetric", "plus", "require_small", "times", "to_dense", "transpose"]
 
 DENSE_LIMIT = 8192
 """Above this number of coordinates no d × d matrix is made implicitly (8192² float64 entries are 0.5 GB)."""
@@ -54,7 +54,7 @@ def _(operator: Diagonal) -> Tensor:
 @to_dense.register
 def _(operator: Multiple) -> Tensor:
     eye = torch.eye(operator.dim, dtype=operator.factor.dtype, device=operator.factor.device)
-    return operator.factor * eye
+    return operator.factor[..., None, None] * eye
 
 
 @to_dense.register
@@ -77,12 +77,43 @@ def _(operator: Transpose) -> Tensor:
     return to_dense(operator.operator).mT
 
 
+@to_dense.register
+def _(operator: Detached) -> Tensor:
+    return to_dense(operator.operator).detach()
+
+
+def has_matrix(operator: LinearOperator) -> bool:
+    """True if a d × d matrix is stored already, so that making it dense allocates nothing of a new order."""
+    match operator:
+        case Dense():
+            return True
+        case Transpose() | Detached():
+            return has_matrix(operator.operator)
+        case Sum():
+            return any(has_matrix(term) for _, term in operator.terms)
+        case Product():
+            return has_matrix(operator.left) or has_matrix(operator.right)
+        case _:
+            return False
+
+
+def is_symmetric(matrix: Tensor) -> bool:
+    """True if the matrix is symmetric up to rounding; False where its values cannot be read (inside transforms)."""
+    if is_wrapped({"": matrix}):
+        return False
+    matrix = matrix.detach()
+    if matrix.numel() == 0 or matrix.device.type == "meta":
+        return False
+    tolerance = 1e3 * torch.finfo(matrix.dtype).eps * matrix.abs().amax((-2, -1), keepdim=True)
+    return bool(((matrix - matrix.mT).abs() <= tolerance).all())
+
+
 def require_small(operator: LinearOperator, what: str) -> None:
     """Raise if the dense matrix would be too large to be made without being asked for."""
-    if operator.dim > DENSE_LIMIT and not operator.materialised:
+    if operator.dim > DENSE_LIMIT and not has_matrix(operator):
         size = operator.dim**2 * operator.like.element_size() / 2**30
         raise GeometryError(
-            f"{what} needs the dense {operator.dim} × {operator.dim} matrix ({size:.1f} GiB) of a matrix-free operator. Above "
+            f"{what} needs the dense {operator.dim} × {operator.dim} matrix ({size:.1f} GiB), which is not stored. Above "
             f"{DENSE_LIMIT} coordinates it is not made behind your back: use matrix-free products (.mv, .operator), the first "
             "k eigenvalues, or call .to_dense() if you have the memory."
         )
@@ -100,14 +131,14 @@ def times(factor: float | Tensor, operator: LinearOperator, *, positive: bool) -
         case Multiple():
             return Multiple(layout, factor * operator.factor, definite=definite)
         case Sum():
-            return Sum([(factor * c, term) for c, term in operator.terms], definite=definite)
+            return Sum([(factor * c, t) for c, t in operator.terms], definite=definite, symmetric=operator.symmetric)
         case _:
             return Sum([(factor, operator)], definite=definite)
 
 
 def plus(a: LinearOperator, b: LinearOperator, *, definite: bool = False) -> LinearOperator:
     """A + B; `definite` says that the sum is known to be positive definite."""
-    layout, symmetric = a.layout, a.symmetric and b.symmetric
+    layout, symmetric = a.layout, (a.symmetric and b.symmetric) or _are_transposes(a, b)
     if isinstance(a, Multiple) and isinstance(b, Multiple):
         return Multiple(layout, a.factor + b.factor, definite=definite)
     if isinstance(a, (Multiple, Diagonal)) and isinstance(b, (Multiple, Diagonal)):
@@ -115,7 +146,19 @@ def plus(a: LinearOperator, b: LinearOperator, *, definite: bool = False) -> Lin
     if a.materialised and b.materialised:
         return Dense(layout, _added(a, b), symmetric=symmetric, definite=definite)
     terms = [*(a.terms if isinstance(a, Sum) else [(1.0, a)]), *(b.terms if isinstance(b, Sum) else [(1.0, b)])]
-    return Sum(terms, definite=definite)
+    return Sum(terms, definite=definite, symmetric=symmetric)
+
+
+def _are_transposes(a: LinearOperator, b: LinearOperator) -> bool:
+    """True if b is known to be aᵀ, so that a + b is symmetric."""
+    if isinstance(a, Transpose) != isinstance(b, Transpose):
+        return (a.operator is b) if isinstance(a, Transpose) else (b.operator is a)  # pyright: ignore[reportAttributeAccessIssue]
+    if not (isinstance(a, Dense) and isinstance(b, Dense)) or a.matrix.shape != b.matrix.shape:
+        return False
+    x, y = a.matrix, b.matrix.mT
+    if is_wrapped({"": x, " ": y}):
+        return False
+    return x.data_ptr() == y.data_ptr() and x.stride() == y.stride()
 
 
 def _added(a: LinearOperator, b: LinearOperator) -> Tensor:
@@ -130,10 +173,7 @@ def _added(a: LinearOperator, b: LinearOperator) -> Tensor:
 
 
 def _diagonal(operator: Multiple | Diagonal) -> Blocks:
-    if isinstance(operator, Diagonal):
-        return operator.entries
-    factor = operator.factor
-    return {name: factor.expand(shape) for name, shape in operator.layout.items()}
+    return operator.entries if isinstance(operator, Diagonal) else operator.entries()
 
 
 def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
@@ -141,8 +181,12 @@ def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
     match a, b:
         case Multiple(), Multiple():
             return Multiple(a.layout, a.factor * b.factor)
-        case (Multiple() | Diagonal()), (Multiple() | Diagonal()):
+        case ((Multiple() | Diagonal()), (Multiple() | Diagonal())):
             return Diagonal(a.layout, map_blocks(torch.mul, _diagonal(a), _diagonal(b)))
+        case Multiple(), _:
+            return times(a.factor, b, positive=a.definite) if a.factor.ndim == 0 else Product(a, b)
+        case _, Multiple():
+            return times(b.factor, a, positive=b.definite) if b.factor.ndim == 0 else Product(a, b)
         case Dense(), Dense():
             return Dense(a.layout, a.matrix @ b.matrix)
         case _:

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoad.params import Blocks, Layout, axpy, dot, first, map_blocks, scale
+from geoad.params import Blocks, Layout, axpy, detach, dot, first, insert_axes, map_blocks, scale
 
-__all__ = ["Dense", "Diagonal", "Implicit", "LinearOperator", "Multiple", "Product", "Sum", "Transpose"]
+__all__ = ["Dense", "Detached", "Diagonal", "Implicit", "LinearOperator", "Multiple", "Product", "Sum", "Transpose"]
 
 
 class LinearOperator(ABC):
@@ -71,16 +71,23 @@ class Dense(LinearOperator):
         return self.matrix
 
     def mv(self, v: Blocks) -> Blocks:
-        flat = self.layout.ravel(v)
-        return self.layout.unravel((self.matrix @ flat.unsqueeze(-1)).squeeze(-1))
+        return self.layout.unravel(_matrix_vector(self.matrix, self.layout.ravel(v)))
 
     def rmv(self, w: Blocks) -> Blocks:
-        flat = self.layout.ravel(w)
-        return self.layout.unravel((self.matrix.mT @ flat.unsqueeze(-1)).squeeze(-1))
+        return self.layout.unravel(_matrix_vector(self.matrix.mT, self.layout.ravel(w)))
+
+
+def _matrix_vector(matrix: Tensor, flat: Tensor) -> Tensor:
+    """A v for raveled v; batch axes broadcast."""
+    if flat.ndim == 1:
+        return matrix @ flat
+    if matrix.ndim == 2:
+        return flat @ matrix.mT
+    return (matrix @ flat.unsqueeze(-1)).squeeze(-1)
 
 
 class Multiple(LinearOperator):
-    """c · I."""
+    """c · I; one factor for each element of a batch."""
 
     symmetric = True
     materialised = True
@@ -95,9 +102,20 @@ class Multiple(LinearOperator):
         return self.factor
 
     def mv(self, v: Blocks) -> Blocks:
-        return scale(self.factor.to(first(v).dtype), v)
+        factor = self.factor.to(first(v).dtype)
+        if factor.ndim == 0:
+            return scale(factor, v)
+        return {name: insert_axes(factor, factor.ndim, len(shape)) * v[name] for name, shape in self.layout.items()}
 
-    rmv = mv
+    def rmv(self, w: Blocks) -> Blocks:
+        return self.mv(w)
+
+    def entries(self) -> Blocks:
+        """The diagonal, as blocks (views of the factor)."""
+        factor, batch = self.factor, self.factor.shape
+        return {
+            name: insert_axes(factor, factor.ndim, len(shape)).expand((*batch, *shape)) for name, shape in self.layout.items()
+        }
 
 
 class Diagonal(LinearOperator):
@@ -118,7 +136,8 @@ class Diagonal(LinearOperator):
     def mv(self, v: Blocks) -> Blocks:
         return map_blocks(torch.mul, self.entries, v)
 
-    rmv = mv
+    def rmv(self, w: Blocks) -> Blocks:
+        return self.mv(w)
 
 
 class Implicit(LinearOperator):
@@ -147,10 +166,12 @@ class Implicit(LinearOperator):
 class Sum(LinearOperator):
     """Σ c_i A_i."""
 
-    def __init__(self, terms: list[tuple[float | Tensor, LinearOperator]], *, definite: bool = False) -> None:
+    def __init__(
+        self, terms: list[tuple[float | Tensor, LinearOperator]], *, definite: bool = False, symmetric: bool = False
+    ) -> None:
         self.layout = terms[0][1].layout
         self.terms = terms
-        self.symmetric = all(term.symmetric for _, term in terms)
+        self.symmetric = symmetric or all(term.symmetric for _, term in terms)
         self.definite = definite
 
     @property
@@ -205,6 +226,26 @@ class Transpose(LinearOperator):
 
     def rmv(self, w: Blocks) -> Blocks:
         return self.operator.mv(w)
+
+
+class Detached(LinearOperator):
+    """An operator whose products are cut from the autograd graph."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.layout = operator.layout
+        self.operator = operator
+        self.symmetric = operator.symmetric
+        self.definite = operator.definite
+
+    @property
+    def like(self) -> Tensor:
+        return self.operator.like.detach()
+
+    def mv(self, v: Blocks) -> Blocks:
+        return detach(self.operator.mv(v))
+
+    def rmv(self, w: Blocks) -> Blocks:
+        return detach(self.operator.rmv(w))
 
 
 def quadratic(operator: LinearOperator, u: Blocks, v: Blocks) -> Tensor:

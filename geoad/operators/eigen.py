@@ -10,8 +10,8 @@ from torch import Tensor
 from geoad.errors import GeometryError
 from geoad.operators.algebra import require_small, to_dense
 from geoad.operators.base import Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
-from geoad.operators.solve import Inverse, densify, solve
-from geoad.params import Blocks, axpy, dot, first, scale
+from geoad.operators.solve import Inverse, densify, scaled_cholesky, solve
+from geoad.params import Blocks, axpy, dot, is_wrapped, scale
 
 __all__ = ["eigh", "eigvals", "lanczos", "order", "trace"]
 
@@ -76,24 +76,40 @@ def _symmetric_pair(operator: LinearOperator) -> tuple[LinearOperator, LinearOpe
     return None
 
 
+def _sorted(values: Tensor, vectors: Tensor | None, k: int | None, which: str) -> tuple[Tensor, Tensor | None]:
+    index = order(values, which)[..., :k]
+    picked = values.take_along_dim(index, -1)
+    return picked, None if vectors is None else vectors.take_along_dim(index.unsqueeze(-2), -1)
+
+
 def eigvals(operator: LinearOperator, k: int | None = None, which: str = "largest") -> Tensor:
     """Eigenvalues, sorted; real where the operator is symmetric or G⁻¹B with symmetric B, else complex in general.
 
     With `k` only the first k, by Lanczos with full reorthogonalisation where the matrix is not at hand.
     """
+    _check_count(operator, k)
     if isinstance(operator, Multiple):
-        return operator.factor.expand(operator.dim)[:k]
+        count = operator.dim if k is None else k
+        return operator.factor.unsqueeze(-1).expand(*operator.factor.shape, count)
     if isinstance(operator, Diagonal):
-        values = operator.layout.ravel(operator.entries)
-        return values[order(values, which)][:k]
+        return _sorted(operator.layout.ravel(operator.entries), None, k, which)[0]
     pair = (operator, None) if operator.symmetric else _symmetric_pair(operator)
     if pair is not None:
         return eigh(pair[0], pair[1], k, which)[0]
     require_small(operator, "the spectrum of an operator that is not symmetric")
     values = torch.linalg.eigvals(to_dense(operator))
-    if bool((values.imag.abs() <= 1e-12 * values.abs().max()).all()):
-        values = values.real
-    return values[order(values, which)][:k]
+    if not is_wrapped({"": values}):
+        negligible = 1e4 * torch.finfo(values.dtype).eps * values.abs().max()
+        if bool((values.imag.abs() <= negligible).all()):
+            values = values.real
+    return _sorted(values, None, k, which)[0]
+
+
+def _check_count(operator: LinearOperator, k: int | None) -> None:
+    if k is not None and not 1 <= k <= operator.dim:
+        raise GeometryError(
+            f"k={k} eigenvalues were asked for, but there are {operator.dim}. Pass 1 <= k <= {operator.dim}, or k=None for all."
+        )
 
 
 def eigh(
@@ -103,6 +119,7 @@ def eigh(
 
     Small or stored operators go through LAPACK; large matrix-free ones with `k` through Lanczos in the G inner product.
     """
+    _check_count(b, k)
     if k is not None and not b.materialised and 8 * k + 64 < b.dim:
         return lanczos(b, g, k, which)
     require_small(b, "the full spectrum")
@@ -110,63 +127,99 @@ def eigh(
     if not isinstance(g, LinearOperator):
         values, vectors = torch.linalg.eigh(matrix)
     else:
-        lower = torch.linalg.cholesky(to_dense(g))
+        size, lower = scaled_cholesky(densify(g).matrix)
+        lower = size.unsqueeze(-1) * lower
         half = torch.linalg.solve_triangular(lower, matrix, upper=False)
         whitened = torch.linalg.solve_triangular(lower, half.mT, upper=False)
         values, basis = torch.linalg.eigh(0.5 * (whitened + whitened.mT))
         vectors = torch.linalg.solve_triangular(lower.mT, basis, upper=True)
+    values, frame = _sorted(values, vectors, k, which)
+    assert frame is not None
+    return values, frame
+
+
+class _Krylov:
+    """Lanczos for G⁻¹B in the G inner product, started in the G-orthogonal complement of the vectors in ``locked``."""
+
+    def __init__(self, b: LinearOperator, g: LinearOperator | None, locked: list[tuple[Blocks, Blocks]], run: int) -> None:
+        self.b, self.g, self.locked = b, g, locked
+        steps = torch.arange(b.dim, dtype=b.like.dtype, device=b.like.device)
+        # fixed, so that the result is reproducible; another one for each run
+        self.start = b.layout.unravel(torch.cos(steps * (0.7 + 0.13 * run) + 0.3 + run) + 1.5 / (1 + run))
+        self.basis: list[tuple[Blocks, Blocks]] = []
+
+    def _dual(self, v: Blocks) -> Blocks:
+        return v if self.g is None else self.g.mv(v)
+
+    def _remainder(self, r: Blocks) -> tuple[Blocks, Blocks, Tensor]:
+        """r without its parts in the known vectors, its dual, and its length."""
+        for _ in range(2):  # twice is enough (Kahan, Parlett)
+            for u, du in (*self.locked, *self.basis):
+                r = axpy(-dot(du, r), u, r)
+        w = self._dual(r)
+        return r, w, dot(r, w).clamp_min(0).sqrt()
+
+    def run(self, k: int, which: str, tol: float) -> tuple[Tensor, Tensor]:
+        """The first k eigenpairs in the complement, or fewer if the Krylov space is exhausted before."""
+        layout, alphas, betas = self.b.layout, [], []
+        eps = torch.finfo(self.b.like.dtype).eps
+        q, w, beta = self._remainder(self.start)
+        while True:
+            q, w = scale(1 / beta, q), scale(1 / beta, w)
+            self.basis.append((q, w))
+            image = self.b.mv(q)
+            alphas.append(dot(q, image))
+            q, w, beta = self._remainder(image if self.g is None else solve(self.g, image, positive=True))
+            values, coefficients = _ritz(alphas, betas, beta)
+            index = order(values, which)[:k]
+            residuals = beta * coefficients[-1, index].abs()
+            size = values.abs().max()
+            full = len(self.basis) + len(self.locked) == self.b.dim
+            if full or bool(beta <= 16 * eps * size):
+                break
+            if len(self.basis) > k and bool((residuals <= tol * size).all()):
+                break
+            betas.append(beta)
+        stacked = torch.stack([layout.ravel(u) for u, _ in self.basis], dim=-1)
+        return values[index], stacked @ coefficients[:, index]
+
+
+def lanczos(
+    b: LinearOperator, g: LinearOperator | None, k: int, which: str = "largest", *, tol: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first k eigenpairs of B u = λ G u: Lanczos for G⁻¹B in the G inner product, fully reorthogonalised.
+
+    One Krylov space holds a single vector of each eigenspace. So after convergence the iteration is started again in the
+    complement of what was found, until nothing there belongs to the first k: multiple eigenvalues come out as often as they occur.
+
+    Args:
+        tol: residuals relative to the largest |λ| at which a pair counts as converged. Default: 1e-12, more in lower precision.
+    """
+    layout = b.layout
+    tol = max(1e-12, 10 * torch.finfo(b.like.dtype).eps) if tol is None else tol
+    values, vectors = _Krylov(b, g, [], 0).run(k, which, tol)
+    for run in range(1, b.dim):
+        if len(values) == b.dim:
+            break
+        found = [layout.unravel(column) for column in vectors.unbind(-1)]
+        locked = [(u, u if g is None else g.mv(u)) for u in found]
+        more, columns = _Krylov(b, g, locked, run).run(max(1, k - len(values)), which, tol)
+        before = len(values)
+        values, vectors = torch.cat([values, more]), torch.cat([vectors, columns], -1)
+        slack = 10 * tol * values.abs().max()
+        if before >= k and not bool(_beats(more[0], values[order(values[:before], which)[k - 1]], which, slack)):
+            break
     index = order(values, which)[:k]
     return values[index], vectors[:, index]
 
 
-def lanczos(
-    b: LinearOperator, g: LinearOperator | None, k: int, which: str = "largest", *, tol: float = 1e-12
-) -> tuple[Tensor, Tensor]:
-    """The first k eigenpairs of B u = λ G u: Lanczos for G⁻¹B in the G inner product, fully reorthogonalised.
-
-    The start vector is fixed (all components equal and a fixed phase), so that the result is reproducible. It stops when the
-    k residuals are below tol · max|λ|; if the Krylov space is exhausted without them it goes on to the whole space.
-    """
-    layout, like = b.layout, b.like
-    steps = torch.arange(b.dim, dtype=like.dtype, device=like.device)
-    q = layout.unravel(torch.cos(steps * 0.7 + 0.3) + 1.5)
-    basis: list[Blocks] = []
-    duals: list[Blocks] = []
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-
-    def dual(v: Blocks) -> Blocks:
-        return v if g is None else g.mv(v)
-
-    w = dual(q)
-    beta = dot(q, w).sqrt()
-    while True:
-        q, w = scale(1 / beta, q), scale(1 / beta, w)
-        basis.append(q)
-        duals.append(w)
-        image = b.mv(q)
-        r = image if g is None else solve(g, image, positive=True)
-        alphas.append(dot(q, image))
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            for u, du in zip(basis, duals, strict=True):
-                r = axpy(-dot(du, r), u, r)
-        w = dual(r)
-        beta = dot(r, w).clamp_min(0).sqrt()
-        values, coefficients = _ritz(alphas, betas, first(r))
-        index = order(values, which)[:k]
-        residuals = beta * coefficients[-1, index].abs()
-        size = values.abs().max()
-        exhausted = len(basis) == b.dim or bool(beta <= 1e-14 * size)
-        if exhausted or (len(basis) > k and bool((residuals <= tol * size).all())):
-            break
-        betas.append(beta)
-    if len(index) < k:
-        raise GeometryError(
-            f"the Krylov space of the start vector is exhausted after {len(basis)} steps, fewer than the k={k} eigenvalues "
-            "asked for (the operator has few distinct eigenvalues). Ask for all of them with k=None, or for fewer."
-        )
-    stacked = torch.stack([layout.ravel(u) for u in basis], dim=-1)
-    return values[index], stacked @ coefficients[:, index]
+def _beats(new: Tensor, old: Tensor, which: str, slack: Tensor) -> Tensor:
+    """True if the eigenvalue `new` comes before `old` in the order, by more than rounding."""
+    if which == "largest":
+        return new > old + slack
+    if which == "smallest":
+        return new < old - slack
+    return new.abs() > old.abs() + slack
 
 
 def _ritz(alphas: list[Tensor], betas: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:

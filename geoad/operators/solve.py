@@ -16,7 +16,7 @@ from geoad.operators.algebra import DENSE_LIMIT, require_small, to_dense
 from geoad.operators.base import Dense, Diagonal, LinearOperator, Multiple, Product, Transpose
 from geoad.params import Blocks, axpy, dot, is_wrapped, map_blocks, scale
 
-__all__ = ["CG", "Inverse", "densify", "inverse", "slogdet", "solve"]
+__all__ = ["CG", "Inverse", "densify", "inverse", "scaled_cholesky", "slogdet", "solve"]
 
 _log = logging.getLogger("geoad")
 
@@ -44,40 +44,51 @@ class CG:
         x = scale(0.0, b)
         residual, direction = b, b
         rho = target = dot(b, b)
-        if float(target) == 0:
+        if float(target.detach()) == 0:
             return x
         limit = self.max_iter or 10 * operator.dim
         for _ in range(limit):
             image = operator.mv(direction)
             curvature = dot(direction, image)
-            if not float(curvature) > 0:
+            if not float(curvature.detach()) > 0:
                 raise SingularMetricError(
-                    _NOT_POSITIVE.format(what="operator", detail=f" (found vᵀAv = {float(curvature):.3g})")
+                    _NOT_POSITIVE.format(what="operator", detail=f" (found vᵀAv = {float(curvature.detach()):.3g})")
                 )
             alpha = rho / curvature
             x = axpy(alpha, direction, x)
             residual = axpy(-alpha, image, residual)
             rho, old = dot(residual, residual), rho
-            if float(rho) <= self.tol**2 * float(target):
+            if float(rho.detach()) <= self.tol**2 * float(target.detach()):
                 return x
             direction = axpy(rho / old, direction, residual)
         raise SingularMetricError(
             f"conjugate gradients did not reach {self.tol:g} in {limit} steps (relative residual "
-            f"{math.sqrt(float(rho) / float(target)):.2g}). The operator is close to singular; increase the damping, or pass "
+            f"{math.sqrt(float(rho.detach()) / float(target.detach())):.2g}). The operator is close to singular; increase the damping, or pass "
             "method=geoad.operators.CG(tol=..., max_iter=...)."
         )
 
 
 def solve(operator: LinearOperator, b: Blocks, *, positive: bool = False, method: CG | None = None) -> Blocks:
-    """x with A x = b.
+    """x with A x = b; batch axes of b and of a stored A broadcast.
 
     Args:
         positive: A must be symmetric positive definite; raise `SingularMetricError` otherwise.
         method: iterate instead of factorising.
     """
     if method is not None:
-        return method(operator, b)
+        return _each(method, operator, b)
     return _solve(operator, b, positive)
+
+
+def _each(method: CG, operator: LinearOperator, b: Blocks) -> Blocks:
+    """The iteration for each right-hand side of a batch."""
+    layout = operator.layout
+    batch = layout.batch_shape(b)
+    if not batch:
+        return method(operator, b)
+    rows = layout.ravel(b).reshape(-1, layout.dim)
+    solved = [layout.ravel(method(operator, layout.unravel(row))) for row in rows]
+    return layout.unravel(torch.stack(solved).reshape(*batch, layout.dim))
 
 
 @singledispatch
@@ -85,7 +96,10 @@ def _solve(operator: LinearOperator, b: Blocks, positive: bool) -> Blocks:
     if operator.dim > DENSE_LIMIT:
         if not operator.symmetric:
             require_small(operator, "solving with a non-symmetric operator")
-        return CG()(operator, b)
+        if positive and not operator.definite:
+            detail = " as far as is known (it is too large to be factorised)"
+            raise SingularMetricError(_NOT_POSITIVE.format(what="matrix-free metric", detail=detail))
+        return _each(CG(), operator, b)
     return _solve(densify(operator), b, positive)
 
 
@@ -105,7 +119,7 @@ def densify(operator: LinearOperator) -> Dense:
 @_solve.register
 def _(operator: Multiple, b: Blocks, positive: bool) -> Blocks:
     _check_diagonal(operator.factor, positive)
-    return scale(1 / operator.factor, b)
+    return Multiple(operator.layout, 1 / operator.factor).mv(b)
 
 
 @_solve.register
@@ -120,7 +134,7 @@ def _check_diagonal(entries: Tensor, positive: bool) -> None:
         return
     good = entries > 0 if positive else entries != 0
     if not bool(good.all()):
-        worst = float(entries.min()) if positive else 0.0
+        worst = float(entries.detach().min()) if positive else 0.0
         detail = f" (an entry of its diagonal is {worst:.3g})"
         raise SingularMetricError(_NOT_POSITIVE.format(what="diagonal operator", detail=detail))
 
@@ -137,15 +151,24 @@ def _(operator: Transpose, b: Blocks, positive: bool) -> Blocks:
 
 @_solve.register
 def _(operator: Dense, b: Blocks, positive: bool) -> Blocks:
-    flat = operator.layout.ravel(b).unsqueeze(-1)
+    flat = operator.layout.ravel(b)
+    if operator.matrix.ndim == 2:  # all right-hand sides at once
+        x = _solve_columns(operator, flat.reshape(-1, operator.dim).mT, positive).mT.reshape(flat.shape)
+    else:
+        x = _solve_columns(operator, flat.unsqueeze(-1), positive).squeeze(-1)
+    return operator.layout.unravel(x)
+
+
+def _solve_columns(operator: Dense, b: Tensor, positive: bool) -> Tensor:
+    """A⁻¹ b for right-hand sides in columns."""
     kind, factor = _factorise(operator, positive)
     if kind == "cholesky":
         size, lower = factor
-        x = torch.cholesky_solve(flat / size.unsqueeze(-1), lower) / size.unsqueeze(-1)
-    else:
-        size, lu, pivots = factor
-        x = torch.linalg.lu_solve(lu, pivots, flat / size.unsqueeze(-1))
-    return operator.layout.unravel(x.squeeze(-1))
+        return torch.cholesky_solve(b / size.unsqueeze(-1), lower) / size.unsqueeze(-1)
+    rows, columns, lu, pivots = factor
+    batch = torch.broadcast_shapes(lu.shape[:-2], b.shape[:-2])
+    lu, pivots = lu.expand(*batch, *lu.shape[-2:]), pivots.expand(*batch, pivots.shape[-1])
+    return torch.linalg.lu_solve(lu, pivots, (b / rows.unsqueeze(-1)).expand(*batch, *b.shape[-2:])) / columns.unsqueeze(-1)
 
 
 def _factorise(operator: Dense, positive: bool) -> tuple[str, Any]:
@@ -156,7 +179,7 @@ def _factorise(operator: Dense, positive: bool) -> tuple[str, Any]:
     matrix = operator.matrix
     wrapped = is_wrapped({"": matrix})
     if positive or operator.definite:
-        found = ("cholesky", _cholesky(matrix, wrapped))
+        found = ("cholesky", scaled_cholesky(matrix))
     else:
         found = ("lu", _lu(matrix, wrapped))
     if not wrapped and not matrix.requires_grad:
@@ -169,12 +192,13 @@ def _noise(matrix: Tensor) -> float:
     return 4 * math.sqrt(matrix.shape[-1]) * torch.finfo(matrix.dtype).eps
 
 
-def _cholesky(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor]:
-    """Jacobi-scaled Cholesky factor: A = S L Lᵀ S, with unit diagonal in the middle."""
+def scaled_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(s, L) with A = S L Lᵀ S, S = diag(s), and a unit diagonal of L Lᵀ; raises if A is not positive definite."""
+    wrapped = is_wrapped({"": matrix})
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     if not wrapped:
         _require_finite(matrix)
-        smallest = float(diagonal.min())
+        smallest = float(diagonal.detach().min())
         if not smallest > 0:
             raise SingularMetricError(
                 _NOT_POSITIVE.format(what="metric", detail=f" (an entry of its diagonal is {smallest:.3g})")
@@ -182,7 +206,7 @@ def _cholesky(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor]:
     size = diagonal.sqrt()
     lower, info = torch.linalg.cholesky_ex(matrix / size.unsqueeze(-1) / size.unsqueeze(-2))
     if not wrapped:
-        pivot = float(lower.diagonal(dim1=-2, dim2=-1).min()) ** 2
+        pivot = float(lower.detach().diagonal(dim1=-2, dim2=-1).min()) ** 2
         if bool((info != 0).any()):
             raise SingularMetricError(_NOT_POSITIVE.format(what="metric", detail=" (its Cholesky factorisation fails)"))
         if pivot <= _noise(matrix):
@@ -191,21 +215,37 @@ def _cholesky(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor]:
     return size, lower
 
 
-def _lu(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Row-scaled LU factors."""
+def _equilibrated_lu(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(r, c, LU, pivots) of R⁻¹ A C⁻¹, rows and columns scaled to a largest entry of 1."""
+    rows = _nonzero(matrix.detach().abs().amax(-1))
+    columns = _nonzero((matrix.detach() / rows.unsqueeze(-1)).abs().amax(-2))
+    lu, pivots, _ = torch.linalg.lu_factor_ex(matrix / rows.unsqueeze(-1) / columns.unsqueeze(-2))
+    return rows, columns, lu, pivots
+
+
+def _nonzero(size: Tensor) -> Tensor:
+    return torch.where(size > 0, size, torch.ones_like(size))
+
+
+def _singular(matrix: Tensor, lu: Tensor) -> Tensor:
+    """Which LU factors have a pivot that is rounding noise."""
+    diagonal = lu.detach().diagonal(dim1=-2, dim2=-1).abs()
+    return diagonal.amin(-1) <= _noise(matrix) * diagonal.amax(-1)
+
+
+def _lu(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row- and column-scaled LU factors."""
     if not wrapped:
         _require_finite(matrix)
-    size = matrix.abs().amax(-1)
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    lu, pivots, _ = torch.linalg.lu_factor_ex(matrix / size.unsqueeze(-1))
+    rows, columns, lu, pivots = _equilibrated_lu(matrix)
     if not wrapped:
-        diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
-        if bool((diagonal.amin(-1) <= _noise(matrix) * diagonal.amax(-1)).any()):
+        if bool(_singular(matrix, lu).any()):
+            diagonal = lu.detach().diagonal(dim1=-2, dim2=-1).abs()
             raise SingularMetricError(
                 f"the operator is singular to working precision (smallest LU pivot {float(diagonal.min()):.2g}), so the "
                 "equation has no unique solution. Add a multiple of a metric: B + lam * G, or damping=lam."
             )
-    return size, lu, pivots
+    return rows, columns, lu, pivots
 
 
 def _require_finite(matrix: Tensor) -> None:
@@ -247,16 +287,8 @@ class Inverse(LinearOperator):
 @to_dense.register
 def _(operator: Inverse) -> Tensor:
     inner = densify(operator.operator)
-    rows = torch.eye(inner.dim, dtype=inner.like.dtype, device=inner.like.device)
-    if inner.matrix.ndim > 2:
-        return torch.linalg.inv(inner.matrix)
-    kind, factor = _factorise(inner, operator.positive)
-    if kind == "cholesky":
-        size, lower = factor
-        result = torch.cholesky_inverse(lower) / size.unsqueeze(-1) / size.unsqueeze(-2)
-    else:
-        size, lu, pivots = factor
-        result = torch.linalg.lu_solve(lu, pivots, rows / size.unsqueeze(-1))
+    eye = torch.eye(inner.dim, dtype=inner.like.dtype, device=inner.like.device)
+    result = _solve_columns(inner, eye, operator.positive)
     return 0.5 * (result + result.mT) if inner.symmetric else result
 
 
@@ -289,19 +321,42 @@ def slogdet(operator: LinearOperator) -> tuple[Tensor, Tensor]:
 
 @slogdet.register
 def _(operator: Dense) -> tuple[Tensor, Tensor]:
-    if operator.definite and not is_wrapped({"": operator.matrix}):
-        size, lower = _factorise(operator, True)[1]
+    matrix = operator.matrix
+    if is_wrapped({"": matrix}):
+        result: Any = torch.linalg.slogdet(matrix)
+        return result.sign, result.logabsdet
+    if operator.definite:
+        try:
+            size, lower = _factorise(operator, True)[1]
+        except SingularMetricError:  # known to be definite, but not to working precision
+            return _symmetric_slogdet(matrix)
         logdet = 2 * (lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) + size.log().sum(-1))
         return torch.ones_like(logdet), logdet
-    if operator.symmetric and not is_wrapped({"": operator.matrix}):
-        # eigenvalues tell a singular matrix from a tiny determinant more reliably than LU pivots
-        values = torch.linalg.eigvalsh(operator.matrix)
-        size = values.abs().amax(-1, keepdim=True)
-        zero = values.abs() <= operator.dim * torch.finfo(values.dtype).eps * size
-        values = torch.where(zero, torch.zeros_like(values), values)
-        return values.sign().prod(-1), values.abs().log().sum(-1)
-    result: Any = torch.linalg.slogdet(operator.matrix)
-    return result.sign, result.logabsdet
+    return _symmetric_slogdet(matrix) if operator.symmetric else _general_slogdet(matrix)
+
+
+def _symmetric_slogdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """By the eigenvalues of S⁻¹ A S⁻¹, which tell a singular matrix from a tiny determinant and from bad scaling."""
+    _require_finite(matrix)
+    given = matrix.detach()
+    size = _nonzero(given.diagonal(dim1=-2, dim2=-1).abs().sqrt())
+    for _ in range(3):
+        scaled = given / size.unsqueeze(-1) / size.unsqueeze(-2)
+        size = size * _nonzero(scaled.abs().amax(-1)).sqrt()
+    values = torch.linalg.eigvalsh(matrix / size.unsqueeze(-1) / size.unsqueeze(-2))
+    zero = values.abs() <= _noise(matrix) * math.sqrt(matrix.shape[-1]) * values.abs().amax(-1, keepdim=True)
+    values = torch.where(zero, torch.zeros_like(values), values)
+    return values.sign().prod(-1), values.abs().log().sum(-1) + 2 * size.log().sum(-1)
+
+
+def _general_slogdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    _require_finite(matrix)
+    rows, columns, lu, _ = _equilibrated_lu(matrix.detach())
+    result: Any = torch.linalg.slogdet(matrix / rows.unsqueeze(-1) / columns.unsqueeze(-2))
+    singular = _singular(matrix, lu)
+    sign = torch.where(singular, torch.zeros_like(result.sign), result.sign)
+    logabsdet = result.logabsdet + rows.log().sum(-1) + columns.log().sum(-1)
+    return sign, torch.where(singular, torch.full_like(logabsdet, -torch.inf), logabsdet)
 
 
 @slogdet.register

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +12,37 @@ from torch.optim import Optimizer
 from geoad.errors import ChartDomainError, GeometryError
 from geoad.fields import Transition
 from geoad.module import GeoModule
+from geoad.module.slots import matching
 
 __all__ = ["Invariant"]
 
 
 class Invariant(Optimizer):
-    """``Invariant(geo, torch.optim.AdamW, lr=1e-3)``: the optimizer runs on the reference coordinates, whatever chart `geo` is in.
+    """Any torch optimizer, run on the reference coordinates whatever chart `geo` is in.
 
-    The update rule (momentum, second moments, weight decay, clipping by value, ...) acts on θ and on the cotangent of θ, both bit
-    for bit the same in every chart, so the trajectory is the same, bit for bit; the module's parameters are then written in its
-    chart. `geo` may change its chart between steps. Learning-rate schedulers, closures and ``state_dict`` work as usual.
+    The update rule (momentum, second moments, weight decay, clipping by value, ...) acts on θ and on the cotangent of θ, both
+    bit for bit the same in every chart, so the trajectory is the same, bit for bit; the module's parameters are then written in
+    its chart. `geo` may change its chart between steps. Learning-rate schedulers, closures, step hooks and ``state_dict`` work
+    as usual; the state belongs to θ and fits any chart.
 
     Args:
         geo: the module.
         optimizer: a ``torch.optim`` class (or any callable that makes an `Optimizer` from parameter groups).
-        groups: parameter groups by name pattern, ``[{"params": "*.bias", "weight_decay": 0.0}, ...]``; unmatched parameters form
-            a last group with the defaults. Default: one group.
+        params: name patterns of the parameters to step, for rules that do not suit all (``Muon`` takes matrices only); give the
+            others to a second `Invariant`. Default: all coordinates.
+        groups: parameter groups by name pattern, ``[{"params": "*.bias", "weight_decay": 0.0}, ...]``; unmatched parameters
+            form a last group with the defaults. Default: one group.
         **options: of the optimizer: lr, momentum, ...
 
-    If ``.grad`` was edited by hand (clipped, say) the edited covector is moved to θ by Jᵀ: right, but no longer bit for bit.
+    If ``.grad`` was edited by hand (clipped, say) the change is moved to θ by Jᵀ: right, but no longer bit for bit. Where a
+    joint map mixes frozen parameters with others, the gradients of the frozen ones cannot be edited and stay as they are.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(3, 2))
+    >>> optimizer = geoad.optim.Invariant(geo, torch.optim.AdamW, lr=1e-3)
+    >>> geo = geo.to(geo.reference.reparametrize(geoad.maps.Asinh(), name="psi").target)
+    >>> geo(torch.ones(4, 3)).square().sum().backward()
+    >>> optimizer.step()
     """
 
     def __init__(
@@ -40,17 +50,18 @@ class Invariant(Optimizer):
         geo: GeoModule,
         optimizer: Callable[..., Optimizer],
         *,
+        params: str | Iterable[str] | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(geo, GeoModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise GeometryError(
-                f"Invariant steps a GeoModule, found {type(geo).__name__}. Bare parameters have no chart: wrap the network first, "
-                "geo = geoad.GeoModule(net)."
-            )
+        _check_arguments(geo, optimizer)
         self.geo = geo
         named = geo.stored_parameters()
-        self.inner = optimizer(_grouped(named, groups), **options)
+        aliases = geo.coordinates.slots.aliases
+        if params is not None:
+            aliases = {name: aliases[name] for name in matching(params, aliases, "params")}
+        self.inner = optimizer(_grouped({name: named[name] for name in aliases}, aliases, groups), **options)
+        self._names = tuple(aliases)
         super().__init__(self.inner.param_groups, dict(self.inner.defaults))
         self._share()
 
@@ -59,6 +70,18 @@ class Invariant(Optimizer):
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"geo": self.geo, "inner": self.inner, "names": self._names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "inner" in state:
+            self.geo, self.inner, self._names = state["geo"], state["inner"], state["names"]
+            self.defaults = dict(self.inner.defaults)
+            self._share()
+        super().__setstate__({})
+
+    # -- the step --------------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of the inner optimizer on θ; then ψ = φ(θ).
@@ -66,98 +89,158 @@ class Invariant(Optimizer):
         Raises:
             ChartDomainError: the step leaves the domain of the module's chart; parameters and optimizer are as before the step.
         """
-        geo = self.geo
-        if geo.chart == geo.reference:
-            return self.inner.step(closure)  # pyright: ignore
-        backup = self._backup()
+        coordinates = self.geo.coordinates
+        self._check_parameters()
+        if coordinates.psi is None:
+            return self._inner_step(None if closure is None else torch.enable_grad()(closure))
+        backup = self._backup(always=closure is not None)
         try:
-            geo.load_cotangents()
-            if closure is None:
-                result: Any = self.inner.step()
-            else:
-                evaluate = torch.enable_grad()(closure)
-
-                def inner_closure() -> Any:
-                    geo.write_back()
-                    loss = evaluate()
-                    geo.load_cotangents()
-                    return loss
-
-                result = self.inner.step(inner_closure)  # pyright: ignore
-            geo.write_back()
-        except ChartDomainError as error:
+            coordinates.load_cotangents()
+            result = self._inner_step(None if closure is None else self._on_reference(closure))
+            coordinates.write_back()
+        except BaseException as error:
             self._restore(backup)
+            if not isinstance(error, ChartDomainError):
+                raise
             raise ChartDomainError(
-                f"the step leaves the domain of the chart that the module is in; nothing was changed. {error} Or make the step in a chart "
-                "without boundary: geo.to(geo.reference)."
+                f"the step leaves the domain of the chart that the module is in; nothing was changed. {error} Or make the step "
+                "in a chart without boundary: geo.to(geo.reference)."
             ) from error
         finally:
-            geo.drop_cotangents()
+            coordinates.drop_cotangents()
         return result
 
-    def _backup(self) -> tuple[dict[str, Tensor], Any] | None:
-        way = Transition(self.geo.reference, self.geo.chart)
-        if all(bound.full_domain for bound, _ in way.steps):
-            return None
-        theta = {name: p.detach().clone() for name, p in self.geo.stored_parameters().items()}
-        return theta, copy.deepcopy(self.inner.state_dict())
+    def _on_reference(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure as the inner optimizer needs it: evaluates at the present θ and leaves θ's cotangent in ``.grad``."""
+        evaluate = torch.enable_grad()(closure)
 
-    def _restore(self, backup: tuple[dict[str, Tensor], Any] | None) -> None:
+        def inner_closure() -> Any:
+            self.geo.coordinates.write_back()
+            loss = evaluate()
+            self.geo.coordinates.load_cotangents()
+            return loss
+
+        return inner_closure
+
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+        """The step without the hooks that torch puts around it: those of this optimizer run already."""
+        method = type(self.inner).step
+        bare = cast(
+            "Callable[..., Any]", getattr(method, "__wrapped__", method) if getattr(method, "hooked", False) else method
+        )
+        return bare(self.inner) if closure is None else bare(self.inner, closure)
+
+    def _check_parameters(self) -> None:
+        stored = self.geo.stored_parameters()
+        mine = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        gone = [name for name in self._names if id(stored[name]) not in mine]
+        if gone:
+            raise GeometryError(
+                f"the parameters {gone} of the module were replaced by other tensors since this optimizer was made (assigned, "
+                "or loaded with assign=True), so a step would not reach them. Make the optimizer anew."
+            )
+
+    # -- leaving the domain ----------------------------------------------------------------------------------------------
+
+    def _backup(self, *, always: bool) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[Any, Any]] | None:
+        """θ, groups and state as they are; None if no step can leave the domain of the chart."""
+        way = Transition(self.geo.reference, self.geo.chart)
+        if not always and all(bound.full_domain for bound, _ in way.steps):
+            return None
+        theta = {name: p.detach().clone() for name, p in self.geo.coordinates.theta.items()}
+        groups = [{key: _copy(value) for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return theta, groups, {parameter: _copy(state) for parameter, state in self.state.items()}
+
+    def _restore(self, backup: tuple[dict[str, Tensor], list[dict[str, Any]], dict[Any, Any]] | None) -> None:
         if backup is None:
+            self.geo.coordinates.write_back()
             return
-        theta, state = backup
-        for name, parameter in self.geo.stored_parameters().items():
+        theta, groups, state = backup
+        for name, parameter in self.geo.coordinates.theta.items():
             parameter.copy_(theta[name])
-        self.geo.write_back()
-        self.load_state_dict(state)
+        self.geo.coordinates.write_back()
+        for group, before in zip(self.param_groups, groups, strict=True):
+            group.update(before)
+        self.state.clear()
+        self.state.update(state)
+
+    # -- as usual --------------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the module's parameters in its chart (and of θ)."""
-        for parameter in self.geo.parameters():
+        """Clear the gradients of the parameters that are stepped, in the module's chart."""
+        live = self.geo.coordinates.live()
+        for name in self._names:
+            parameter = live[name]
             if parameter.grad is not None:
-                if set_to_none:
-                    parameter.grad = None
-                else:
-                    parameter.grad = torch.zeros_like(parameter.grad)
-        self.geo.drop_cotangents(forget=True)
+                parameter.grad = None if set_to_none else torch.zeros_like(parameter.grad)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the inner optimizer: it belongs to θ and fits any chart."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Load the state of the inner optimizer."""
+        """Load the state of the inner optimizer, saved in any chart."""
         self.inner.load_state_dict(state_dict)
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Groups are given at construction; see ``groups``."""
-        if not hasattr(self, "inner") or "param_groups" not in self.__dict__ or self.param_groups is not self.inner.param_groups:
+        if "param_groups" not in self.__dict__ or self.param_groups is not self.inner.param_groups:
             super().add_param_group(param_group)  # the base class's constructor
             return
         raise GeometryError(
-            "Invariant covers all coordinates of its module from the start; parameters outside of it have no chart. Pass groups= at "
-            "construction, and a second optimizer for other parameters."
+            "Invariant covers the coordinates of its module from the start; parameters outside of it have no chart. Pass "
+            "groups= at construction, and a second optimizer for other parameters."
         )
 
     def __repr__(self) -> str:
         return f"Invariant({self.inner!r})"
 
 
-def _grouped(named: dict[str, nn.Parameter], groups: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    rest = dict(named)
+def _check_arguments(geo: Any, optimizer: Any) -> None:
+    if not isinstance(geo, GeoModule):
+        raise GeometryError(
+            f"Invariant steps a GeoModule, found {type(geo).__name__}. Bare parameters have no chart: wrap the network first, "
+            "geo = geoad.GeoModule(net)."
+        )
+    if isinstance(optimizer, Optimizer) or not callable(optimizer):
+        raise GeometryError(
+            f"Invariant takes an optimizer class, found {type(optimizer).__name__}. It makes the optimizer itself, on the "
+            "reference coordinates; pass the class and its options: Invariant(geo, torch.optim.AdamW, lr=1e-3)."
+        )
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.SparseAdam):
+        raise GeometryError(
+            "Invariant was given SparseAdam, which steps sparse gradients only. Which entries of a gradient are zero depends "
+            "on the chart. Use torch.optim.Adam, with torch.nn.Embedding(sparse=False)."
+        )
+
+
+def _grouped(
+    named: dict[str, nn.Parameter], aliases: dict[str, list[str]], groups: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    rest = dict(aliases)
     made: list[dict[str, Any]] = []
     for group in groups or ():
-        patterns = group["params"]
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        chosen = [name for name in rest if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        if not chosen:
+        if "params" not in group:
             raise GeometryError(
-                f"groups: the patterns {patterns} match none of the remaining parameters {list(rest)}. Each parameter belongs to the first "
-                "group that matches; mend the pattern."
+                f"groups: the group {dict(group)} does not say which parameters it is for. Give name patterns, as in "
+                "{'params': '*.bias', 'weight_decay': 0.0}."
             )
+        chosen = matching(group["params"], rest, "groups: each parameter belongs to the first group that matches")
         options = {key: value for key, value in group.items() if key != "params"}
-        made.append({"params": [(name, rest.pop(name)) for name in chosen], **options})
+        made.append({"params": [(name, named[name]) for name in chosen], **options})
+        rest = {name: names for name, names in rest.items() if name not in chosen}
     if rest:
-        made.append({"params": list(rest.items())})
+        made.append({"params": [(name, named[name]) for name in rest]})
     return made
+
+
+def _copy(value: Any) -> Any:
+    """A copy of optimizer state that later steps do not change in place."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copy(each) for key, each in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list):
+        return [_copy(each) for each in cast("list[Any]", value)]
+    return value

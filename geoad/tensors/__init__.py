@@ -9,6 +9,7 @@ from geoad.tensors.base import require_same_place as require_same_place
 from geoad.tensors.densities import Density as Density
 from geoad.tensors.densities import LogDensity as LogDensity
 from geoad.tensors.forms import Cometric as Cometric
+from geoad.tensors.forms import DualEndomorphism as DualEndomorphism
 from geoad.tensors.forms import Endomorphism as Endomorphism
 from geoad.tensors.forms import Form as Form
 from geoad.tensors.forms import Metric as Metric

@@ -1,29 +1,24 @@
-"""The typing table for sums, multiples and contractions."""
+"""The typing table for sums and multiples."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Point
-from geoad.errors import ChartMismatchError, GeometryError, VarianceError
+from geoad.errors import VarianceError
 from geoad.params import add as add_blocks
-from geoad.params import is_wrapped, scale
+from geoad.params import insert_axes, is_wrapped, map_blocks, scale
 from geoad.params import sub as sub_blocks
-from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, is_scalar, require_same_place
+from geoad.tensors.base import HANDLERS, TypedTensor, describe, is_scalar, plain_scalar, require_same_place
 from geoad.tensors.densities import Density, LogDensity
 from geoad.tensors.forms import Form, Metric
-from geoad.tensors.general import GeoTensor, as_general, build, dense_of
-from geoad.tensors.pairing import pair
-from geoad.tensors.rank1 import Rank1
+from geoad.tensors.general import GeoTensor, as_general, build
+from geoad.tensors.rank1 import Rank1, align
 from geoad.tensors.rank2 import Rank2, common_home
 
-__all__ = ["add", "contract", "divide", "einsum", "matmul", "multiply", "subtract"]
+__all__ = ["add", "divide", "multiply", "number_of", "subtract"]
 
 
 # -- sums ------------------------------------------------------------------------------------------------------------
@@ -34,7 +29,7 @@ def add(a: Any, b: Any) -> Any:
     if isinstance(a, Rank1) and type(a) is type(b):
         if a.at is not b.at:
             require_same_place(a, b, "add")
-        return type(a)(a.chart, add_blocks(a.blocks, b.blocks), a.at)
+        return type(a)(a.chart, add_blocks(*align(a, b)), a.at)
     return _sum(a, b, 1.0)
 
 
@@ -43,18 +38,13 @@ def subtract(a: Any, b: Any) -> Any:
     if isinstance(a, Rank1) and type(a) is type(b):
         if a.at is not b.at:
             require_same_place(a, b, "subtract")
-        return type(a)(a.chart, sub_blocks(a.blocks, b.blocks), a.at)
+        return type(a)(a.chart, sub_blocks(*align(a, b)), a.at)
     return _sum(a, b, -1.0)
 
 
 def _sum(a: Any, b: Any, sign: float) -> Any:
-    for density in (Density, LogDensity):
-        if isinstance(a, density):
-            return a.plus(b, sign)
-        if isinstance(b, density) and isinstance(b, LogDensity):
-            return (b if sign > 0 else b.times(-1.0)).plus(a)  # pyright: ignore
-        if isinstance(b, density):
-            return b.plus(a, sign)  # raises: a is no density
+    if isinstance(a, (Density, LogDensity)) or isinstance(b, (Density, LogDensity)):
+        return _sum_densities(a, b, sign)
     if not isinstance(a, TypedTensor) or not isinstance(b, TypedTensor):
         raise VarianceError(_not_addable(a, b))
     if not _same_axes(a, b):
@@ -65,7 +55,27 @@ def _sum(a: Any, b: Any, sign: float) -> Any:
     if isinstance(a, Rank2) and isinstance(b, Rank2):
         return _sum_rank2(a, b, sign)
     general, other = as_general(a), as_general(b)
-    return build(general.data + sign * other.data, general.axes, a.at)
+    points = len(a.at.batch_shape)
+    missing = general.data.ndim - other.data.ndim
+    x = insert_axes(general.data, points, -missing) if points else general.data
+    y = insert_axes(other.data, points, missing) if points else other.data
+    return build(x + sign * y, general.axes, a.at)
+
+
+def _sum_densities(a: Any, b: Any, sign: float) -> Any:
+    a, b = number_of(a), number_of(b)
+    if isinstance(a, (Density, LogDensity)):
+        return a.plus(b, sign)
+    if isinstance(b, LogDensity):
+        return b.times(sign).plus(a)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(b, Density):
+        return b.plus(a, sign)  # raises: a is no density
+    return a + b if sign > 0 else a - b
+
+
+def number_of(thing: Any) -> Any:
+    """The plain number of a density without weight; anything else as it is."""
+    return thing.value if isinstance(thing, (Density, LogDensity)) and thing.is_plain else thing
 
 
 def _same_axes(a: TypedTensor, b: TypedTensor) -> bool:
@@ -77,6 +87,8 @@ def _same_axes(a: TypedTensor, b: TypedTensor) -> bool:
 
 def _sum_rank2(a: Rank2, b: Rank2, sign: float) -> Any:
     home, x, y = common_home(a, b)
+    if len(a.batch_shape) != len(b.batch_shape) and a.at.batch_shape:
+        return _sum_batches(a, b, sign)
     positive = isinstance(a, Metric) and isinstance(b, Metric) and sign > 0
     definite = positive and (x.definite or y.definite)
     if sign < 0:
@@ -85,6 +97,13 @@ def _sum_rank2(a: Rank2, b: Rank2, sign: float) -> Any:
     if isinstance(a, Form) and isinstance(b, Form):
         cls = Metric if positive else Form
     return cls(a.chart, ops.plus(x, y, definite=definite), a.at, home=home, ups=a.ups)
+
+
+def _sum_batches(a: Rank2, b: Rank2, sign: float) -> Any:
+    """Further batch axes on one side only: they go behind those of the base point."""
+    points, missing = len(a.at.batch_shape), len(a.batch_shape) - len(b.batch_shape)
+    x, y = insert_axes(a.to_dense(), points, -missing), insert_axes(b.to_dense(), points, missing)
+    return build(x + sign * y, a.axes, a.at)
 
 
 def _not_addable(a: Any, b: Any) -> str:
@@ -111,24 +130,39 @@ def multiply(a: Any, b: Any) -> Any:
     """Scalar times tensor. The product of two typed objects is refused, except for densities."""
     if not isinstance(a, TypedTensor):
         a, b = b, a
-    if isinstance(a, (Density, LogDensity)):
-        return a.times(b)
-    if isinstance(b, Density) and b.weight == 0:
-        b = b.value
     if not is_scalar(b):
-        raise VarianceError(
-            f"cannot multiply {describe(a)} elementwise with {describe(b)}: the product of components has no law under a change "
-            "of chart. Use a number, a contraction (w(v), G @ v, torch.einsum), torch.outer, or .components."
-        )
+        return _multiply_further(a, b)
     if isinstance(a, Rank1):
-        return type(a)(a.chart, scale(b, a.blocks), a.at)
+        return type(a)(a.chart, scale(plain_scalar(b), a.blocks), a.at)
     if isinstance(a, Rank2):
+        b = plain_scalar(b)
         positive = _is_positive(b)
         cls = type(a) if positive or not isinstance(a, Metric) else Form
-        op = ops.times(b, a.op, positive=positive)
-        return cls(a.chart, op, a.at, home=a.home, ups=a.ups)
+        return cls(a.chart, ops.times(b, a.op, positive=positive), a.at, home=a.home, ups=a.ups)
+    if isinstance(a, (Density, LogDensity)):
+        return a.times(plain_scalar(b))
     assert isinstance(a, GeoTensor)
-    return GeoTensor(b * a.data, a.axes, a.at)
+    return GeoTensor(plain_scalar(b) * a.data, a.axes, a.at)
+
+
+def _multiply_further(a: Any, b: Any) -> Any:
+    x, y = number_of(a), number_of(b)
+    if isinstance(x, (Density, LogDensity)):
+        if isinstance(x, LogDensity) and isinstance(y, Density):
+            raise VarianceError(_not_multipliable(a, b))
+        return x.times(y)
+    if isinstance(y, (Density, LogDensity)) and not isinstance(x, TypedTensor):
+        return y.times(x)
+    if is_scalar(y) and (x is not a or y is not b):
+        return multiply(x, y) if isinstance(x, TypedTensor) else x * y
+    raise VarianceError(_not_multipliable(a, b))
+
+
+def _not_multipliable(a: Any, b: Any) -> str:
+    return (
+        f"cannot multiply {describe(a)} elementwise with {describe(b)}: the product of components has no law under a change "
+        "of chart. Use a number, a contraction (w(v), G @ v, torch.einsum), torch.outer, or .components."
+    )
 
 
 def _is_positive(factor: Any) -> bool:
@@ -139,155 +173,24 @@ def _is_positive(factor: Any) -> bool:
 
 def divide(a: Any, b: Any) -> Any:
     """Tensor / scalar; densities divide one another."""
-    if isinstance(a, (Density, LogDensity)):
-        return a.over(b) if isinstance(a, Density) else a.times(1 / b)
-    if not isinstance(a, TypedTensor) or not is_scalar(b):
+    x, y = number_of(a), number_of(b)
+    if isinstance(y, Density) and (is_scalar(x) or isinstance(x, Density)):
+        return x.over(y) if isinstance(x, Density) else y.power(-1.0) * x
+    if isinstance(x, Density):
+        return x.over(y)
+    if not isinstance(x, TypedTensor) and not isinstance(y, TypedTensor):
+        return x / y
+    if not isinstance(x, TypedTensor) or not is_scalar(y):
         raise VarianceError(
             f"cannot divide {describe(a)} by {describe(b)}: only division by a number has a law. For G⁻¹ω use G.sharp(w) or "
             "G.solve(w); elementwise division needs .components."
         )
-    return multiply(a, 1 / b)
+    y = plain_scalar(y)
+    if isinstance(x, Rank1):
+        return type(x)(x.chart, map_blocks(lambda block: block / y, x.blocks), x.at)
+    if isinstance(x, GeoTensor):
+        return GeoTensor(x.data / y, x.axes, x.at)
+    return multiply(x, 1 / y)
 
 
-# -- contractions ------------------------------------------------------------------------------------------------------
-
-
-def matmul(a: Any, b: Any) -> Any:
-    """Contract the last index of a with the first of b."""
-    if isinstance(a, Rank2) and isinstance(b, Rank1):
-        return a.mv(b)
-    if isinstance(a, Rank2) and isinstance(b, Rank2) and a.chart.reference == b.chart.reference:
-        return a.compose(b)
-    if isinstance(a, Rank1) and isinstance(b, Rank1):
-        if a.up == b.up:
-            a(b)  # raises, with the remedy
-        return pair(a, b)
-    if isinstance(a, Rank1) and isinstance(b, Rank2):
-        return b.mT.mv(a)
-    for each in (a, b):
-        if not isinstance(each, TypedTensor):
-            raise VarianceError(
-                f"cannot contract {describe(a)} with {describe(b)}: plain numbers have no variance. Give them a type first: "
-                "chart.vector(x, at=p), chart.covector(x, at=p), chart.form(m, at=p); or use .components."
-            )
-    x, y = len(a.axes), len(b.axes)
-    if not x or not y:
-        raise VarianceError(f"cannot contract {describe(a)} with {describe(b)}: a density has no index. Use *.")
-    letters = [chr(ord("a") + i) for i in range(x + y - 1)]
-    left, right = letters[:x], letters[x - 1 :]
-    return contract([a, b], [left, right], [c for c in letters if c != letters[x - 1]])
-
-
-def einsum(equation: Any, *operands: Any) -> Any:
-    """torch.einsum on typed operands: one letter for each typed axis, batch axes in front written or left out."""
-    if not isinstance(equation, str):
-        raise VarianceError("geoad's einsum takes the equation as a string, torch.einsum('ij,j->i', G, v).")
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    equation = equation.replace(" ", "").replace("...", "")
-    inputs, arrow, output = equation.partition("->")
-    terms = [list(term) for term in inputs.split(",")]
-    if len(terms) != len(operands):
-        raise GeometryError(f"einsum '{equation}' names {len(terms)} operands, got {len(operands)}.")
-    if not arrow:
-        counts = Counter(letter for term in terms for letter in term)
-        output = "".join(sorted(letter for letter, count in counts.items() if count == 1))
-    return contract(list(operands), terms, list(output))
-
-
-def contract(operands: list[Any], indices: list[list[str]], output: list[str]) -> Any:
-    """Sum over the letters that are not in `output`, under the typing rule for every index.
-
-    A summed index must occur in exactly two typed axes, of opposite variance, in the same chart and at the same point. Matrix
-    times vector is done without forming the matrix.
-    """
-    typed = [each for each in operands if isinstance(each, TypedTensor)]
-    at = _common_point(typed)
-    simple = _matrix_vector(operands, indices, output)
-    if simple is not None:
-        return simple
-    arrays: list[Tensor] = []
-    uses: dict[str, list[Axis | None]] = {}
-    for operand, letters in zip(operands, indices, strict=True):
-        axes = operand.axes if isinstance(operand, TypedTensor) else ()
-        array = dense_of(operand) if isinstance(operand, TypedTensor) else torch.as_tensor(operand)
-        if len(letters) not in (array.ndim, len(axes)) or len(letters) < len(axes):
-            raise VarianceError(
-                f"einsum: '{''.join(letters)}' names {len(letters)} axes of {describe(operand)}, which has {array.ndim} "
-                f"({len(axes)} typed). Write one letter for each typed axis, and for all batch axes or none."
-            )
-        slots: list[Axis | None] = [None] * (len(letters) - len(axes)) + list(axes)
-        for letter, axis in zip(letters, slots, strict=True):
-            uses.setdefault(letter, []).append(axis)
-        arrays.append(array)
-    for letter, axes in uses.items():
-        _check_index(letter, axes, letter in output, operands, indices)
-    terms = ["".join(letters) for letters in indices]
-    shape = ["..." + term if array.ndim > len(term) else term for term, array in zip(terms, arrays, strict=True)]
-    front = "..." if any(each.startswith("...") for each in shape) else ""
-    data = torch.einsum(f"{','.join(shape)}->{front}{''.join(output)}", *arrays)
-    kept = [next((axis for axis in uses[letter] if axis is not None), None) for letter in output]
-    leading = [axis is None for axis in kept]
-    if leading != sorted(leading, reverse=True):
-        raise VarianceError("einsum: batch axes must come before typed axes in the output. Reorder the letters behind '->'.")
-    return build(data, [axis for axis in kept if axis is not None], at) if at is not None else data
-
-
-def _matrix_vector(operands: Sequence[Any], indices: list[list[str]], output: list[str]) -> Any:
-    """G v, w G and w(v) without dense matrices; None if the contraction is not of that form."""
-    if len(operands) != 2:
-        return None
-    for (a, b), (i, j) in (((operands[0], operands[1]), indices), ((operands[1], operands[0]), indices[::-1])):
-        if isinstance(a, Rank2) and isinstance(b, Rank1) and len(i) == 2 and len(j) == 1 and i[0] != i[1]:
-            if j[0] == i[1] and output == [i[0]] and b.up != a.ups[1]:
-                return a.mv(b)
-            if j[0] == i[0] and output == [i[1]] and b.up != a.ups[0]:
-                return a.mT.mv(b)
-    return None
-
-
-def _common_point(typed: list[TypedTensor]) -> Point | None:
-    """The base point; all operands of one manifold must share it."""
-    for i, a in enumerate(typed):
-        for b in typed[i + 1 :]:
-            if a.chart.reference == b.chart.reference:
-                require_same_place(a, b, "contract")
-    return typed[0].at if typed else None
-
-
-def _check_index(letter: str, axes: list[Axis | None], kept: bool, operands: list[Any], indices: list[list[str]]) -> None:
-    typed = [axis for axis in axes if axis is not None]
-    if not typed:
-        return
-    owners = [describe(each) for each, letters in zip(operands, indices, strict=True) if letter in letters]
-    where = f"index '{letter}' of {' and '.join(owners)}"
-    if len(typed) != len(axes):
-        raise VarianceError(
-            f"{where} joins a typed axis with a plain or batch axis. Plain numbers have no variance; give them a type with "
-            "chart.vector(x, at=p) or chart.covector(x, at=p)."
-        )
-    if kept:
-        if len(typed) != 1:
-            raise VarianceError(
-                f"{where} is kept but occurs {len(typed)} times: an elementwise product or a diagonal depends on the chart. Sum "
-                "over it, give the axes different letters, or use .components."
-            )
-        return
-    if len(typed) != 2:
-        raise VarianceError(
-            f"{where} is summed but occurs {len(typed)} times: summing a single typed axis depends on the chart. Contract it with "
-            "an axis of the opposite variance, or use .components."
-        )
-    if typed[0].pairs_with(typed[1]):
-        return
-    if typed[0].chart != typed[1].chart:
-        raise ChartMismatchError(
-            f"{where} joins the axes {typed[0]} and {typed[1]} of different charts or spaces. Move one operand with .to(chart)."
-        )
-    raise VarianceError(
-        f"{where} joins two {'upper' if typed[0].up else 'lower'} axes, {typed[0]} and {typed[1]}: their sum depends on the chart. "
-        "Insert a metric? For vectors einsum('i,ij,j->', u, G, v); for covectors use G.inverse()."
-    )
-
-
-HANDLERS.update(add=add, sub=subtract, mul=multiply, div=divide, matmul=matmul)
+HANDLERS.update(add=add, sub=subtract, mul=multiply, div=divide)

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from geoad.charts import Chart, Point, Reparametrization, same_point
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
+from geoad.tensors.methods import HANDLERS, Methods
 
-__all__ = ["Axis", "TensorType", "TypedTensor", "describe", "is_scalar", "require_same_place"]
-
-HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""The allow-list of torch functions, filled by `geoad.tensors.gate`."""
+__all__ = ["HANDLERS", "Axis", "TensorType", "TypedTensor", "describe", "is_scalar", "plain_scalar", "require_same_place"]
 
 
 class TensorType(NamedTuple):
@@ -48,7 +46,7 @@ class Axis(NamedTuple):
         return f"{self.chart.name}{'^' if self.up else '_'}"
 
 
-class TypedTensor:
+class TypedTensor(Methods):
     """A geometric object: numbers that know their tensor type, chart and base point.
 
     Not a ``torch.Tensor``: it holds plain tensors, and ``__torch_function__`` is a gate that lets through the operations
@@ -132,17 +130,21 @@ class TypedTensor:
     def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
         raise NotImplementedError
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+    def map_numbers(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """The same type with `fn` applied to the stored numbers (a linear function that keeps trailing axes)."""
         raise NotImplementedError
 
+    def at_point(self, at: Point) -> Self:
+        """The same numbers at another base point (an element of the batch of points)."""
+        return copy_with(self, at=at)
+
     def detach(self) -> Self:
         """Cut from the autograd graph."""
-        return self._map(torch.detach)
+        return self.map_numbers(torch.detach)
 
     def clone(self) -> Self:
         """A copy of the numbers."""
-        return self._map(torch.clone)
+        return self.map_numbers(torch.clone)
 
     # -- algebra (the rules are in geoad.tensors.algebra, which registers itself) ---------------------------------------
 
@@ -234,6 +236,13 @@ class TypedTensor:
         return self.clone()
 
 
+def copy_with(tensor: Any, **fields: Any) -> Any:
+    """A shallow copy with some fields replaced."""
+    twin = object.__new__(type(tensor))
+    names = [name for cls in type(tensor).__mro__ for name in getattr(cls, "__slots__", ()) if name != "__weakref__"]
+    return twin._put(**{name: getattr(tensor, name) for name in names} | fields)
+
+
 def describe(thing: Any) -> str:
     """'Covector in chart "psi"', for messages."""
     if isinstance(thing, TypedTensor):
@@ -243,14 +252,23 @@ def describe(thing: Any) -> str:
         return f"Point in chart '{thing.chart.name}'"
     if isinstance(thing, Tensor):
         return f"plain tensor of shape {tuple(thing.shape)}"
+    if type(thing).__module__ == "numpy":
+        return f"numpy {type(thing).__name__}"
     return type(thing).__name__
 
 
 def is_scalar(thing: Any) -> bool:
     """True for numbers and 0-dimensional plain tensors."""
+    if type(thing) is float or type(thing) is int:
+        return True
     if isinstance(thing, Tensor):
-        return thing.ndim == 0
-    return isinstance(thing, Real) and not isinstance(thing, bool)
+        return thing.ndim == 0 and thing.dtype != torch.bool and not thing.is_complex()
+    return thing is not True and thing is not False and isinstance(thing, Real)
+
+
+def plain_scalar(thing: Any) -> Any:
+    """A scalar as PyTorch likes it: numpy scalars as Python numbers."""
+    return thing if isinstance(thing, (float, int, Tensor)) and type(thing).__module__ != "numpy" else float(thing)
 
 
 def require_same_place(a: TypedTensor, b: TypedTensor, operation: str) -> None:

@@ -12,13 +12,14 @@ from geoad.charts import Chart, makers
 from geoad.errors import GeometryError, SingularMetricError, VarianceError
 from geoad.operators import CG, LinearOperator
 from geoad.params import is_wrapped, register_pytree
-from geoad.tensors.base import TypedTensor, describe, require_same_place
+from geoad.tensors.base import Axis, TypedTensor, describe, require_same_place
 from geoad.tensors.densities import Density, LogDensity
+from geoad.tensors.general import GeoTensor
 from geoad.tensors.pairing import evaluate
 from geoad.tensors.rank1 import Covector, Rank1, Vector, require_at
-from geoad.tensors.rank2 import CLASSES, Rank2
+from geoad.tensors.rank2 import CLASSES, Rank2, for_batch
 
-__all__ = ["Cometric", "Endomorphism", "Form", "Metric", "reference_metric"]
+__all__ = ["Cometric", "DualEndomorphism", "Endomorphism", "Form", "Metric", "as_operator", "reference_metric"]
 
 
 class _Bilinear(Rank2):
@@ -39,11 +40,7 @@ class _Bilinear(Rank2):
     def logdet(self) -> LogDensity:
         """log det B, a `LogDensity`: only differences like B.logdet() - G.logdet() are numbers. -inf if B is singular."""
         sign, result = self.slogdet()
-        if not is_wrapped({"": sign}) and bool((sign < 0).any()):
-            raise SingularMetricError(
-                f"the determinant of this {describe(self)} is negative, so its logarithm is not real. At a saddle point use "
-                ".slogdet(), which gives the sign and log |det|; for a posterior check that the point is a minimum."
-            )
+        _require_not_negative(self, sign)
         return result
 
     def det(self) -> Density:
@@ -54,6 +51,39 @@ class _Bilinear(Rank2):
 
     def _det_weight(self) -> float:
         return -2 if self.ups[0] else 2
+
+    def cholesky(self) -> GeoTensor:
+        """A factor C of type [_,F] with C Cᵀ = B ([^,F] for upper indices): `F` is a frame axis.
+
+        A gauge: C is natural up to an orthogonal map of F. It is computed where the form was made and moved, so that it is the
+        same object in every chart.
+
+        Raises:
+            SingularMetricError: the tensor is not symmetric and positive definite.
+        """
+        return self._factor(invert=False)
+
+    def inverse_sqrt(self) -> GeoTensor:
+        """A factor of type [^,F] with C Cᵀ = B⁻¹ ([_,F] for upper indices): its columns are a B-orthonormal frame.
+
+        See `cholesky`.
+        """
+        return self._factor(invert=True)
+
+    def _factor(self, invert: bool) -> GeoTensor:
+        ops.require_small(self.op, "a Cholesky factor")
+        matrix = ops.densify(self.op).matrix
+        if not self.op.symmetric and not is_wrapped({"": matrix}) and not ops.is_symmetric(matrix):
+            raise SingularMetricError(
+                f"{describe(self)} is not symmetric, so it has no Cholesky factor. Symmetrise it: 0.5 * (B + B.mT)."
+            )
+        size, lower = ops.scaled_cholesky(matrix)
+        factor = size.unsqueeze(-1) * lower
+        if invert:
+            eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+            factor = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
+        axes = [Axis(self.home, self.ups[0] != invert, self.home.dim), Axis(None, True, self.home.dim)]
+        return GeoTensor(factor, axes, self.at.to(self.home)).to(self.chart)
 
     def _no_metric(self, what: str) -> VarianceError:
         kind = "(2,0)" if self.ups[0] else "(0,2)"
@@ -93,8 +123,7 @@ class Form(_Bilinear):
         form = self.damped(damping)
         positive = isinstance(self, Metric)
         right = w.to(form.home)
-        extra = len(right.batch_shape) - len(form.batch_shape)
-        solution = _solve_batch(form.op, right, extra, positive, method)
+        solution = ops.solve(for_batch(form, right.blocks), right.blocks, positive=positive, method=method)
         return Vector(form.home, solution, right.at).to(self.chart)
 
     def damped(self, damping: float | Tensor) -> Any:
@@ -109,17 +138,6 @@ class Form(_Bilinear):
         """The (2,0) tensor B⁻¹ (with damping: (B + λ R)⁻¹)."""
         form = self.damped(damping)
         return form._like(ops.inverse(form.op, positive=isinstance(self, Metric)), cls=Cometric)
-
-
-def _solve_batch(op: LinearOperator, right: Rank1, extra: int, positive: bool, method: CG | None) -> Any:
-    if extra <= 0 or isinstance(op, (ops.Diagonal, ops.Multiple)):
-        return ops.solve(op, right.blocks, positive=positive, method=method)
-    layout, flat = right.chart.layout, right.ravel()
-    rows = flat.reshape(-1, layout.dim)
-    if not isinstance(op, ops.Dense) and op.dim <= ops.DENSE_LIMIT:
-        op = ops.densify(op)
-    solved = [layout.ravel(ops.solve(op, layout.unravel(row), positive=positive, method=method)) for row in rows]
-    return layout.unravel(torch.stack(solved).reshape(flat.shape))
 
 
 class Metric(Form):
@@ -161,18 +179,25 @@ class Cometric(_Bilinear):
         """The (0,2) tensor C⁻¹."""
         return self._like(ops.inverse(self.op), cls=Metric if self.op.definite else Form)
 
+    def solve(self, v: Vector) -> Covector:
+        """ω with C ω = v."""
+        if getattr(v, "type", None) != (1, 0):
+            raise VarianceError(
+                f"cannot solve with {describe(self)} for {describe(v)}: C ω = v has a vector on the right. For a covector use C.mv(w)."
+            )
+        return self.inverse().mv(v)
+
     def norm(self, w: Covector) -> Tensor:
         """√C(ω, ω)."""
         return self(w, w).clamp_min(0).sqrt()
 
 
-class Endomorphism(Rank2):
-    """A linear map E^i_j of the tangent space, e.g. E = G⁻¹H. Type (1,1); trace, det and eigenvalues are invariant."""
+class _Mixed(Rank2):
+    """One upper and one lower index: trace, determinant and eigenvalues are invariant."""
 
     __slots__ = ()
-    kind = (True, False)
 
-    def __call__(self, v: Vector) -> Vector:
+    def __call__(self, v: Rank1) -> Any:
         """E v."""
         return self.mv(v)
 
@@ -190,8 +215,13 @@ class Endomorphism(Rank2):
         return ops.slogdet(self.op)
 
     def logdet(self) -> Tensor:
-        """log det E, a scalar; nan if the determinant is negative."""
+        """log det E, a scalar; -inf if E is singular.
+
+        Raises:
+            SingularMetricError: the determinant is negative.
+        """
         sign, logabsdet = ops.slogdet(self.op)
+        _require_not_negative(self, sign)
         return torch.where(sign < 0, torch.full_like(logabsdet, torch.nan), logabsdet)
 
     def eigenvalues(self, k: int | None = None, which: str = "largest") -> Tensor:
@@ -205,19 +235,42 @@ class Endomorphism(Rank2):
         """E⁻¹."""
         return self._like(ops.inverse(self.op))
 
-    def solve(self, v: Vector) -> Vector:
+    def solve(self, v: Any) -> Any:
         """x with E x = v."""
-        if getattr(v, "type", None) != (1, 0):
+        if not isinstance(v, Rank1) or v.up != self.ups[0]:
+            kind, other = ("Vector", "covector") if self.ups[0] else ("Covector", "vector")
             raise VarianceError(
-                f"cannot solve with {describe(self)} for {describe(v)}: E x = v has a Vector on both sides. Use metric.sharp on a "
-                "covector first."
+                f"cannot solve with {describe(self)} for {describe(v)}: E x = v has a {kind} on both sides. Use metric.sharp or "
+                f"metric.flat on a {other} first."
             )
         require_same_place(self, v, "solve")
         right = v.to(self.home)
-        return Vector(self.home, ops.solve(self.op, right.blocks), right.at).to(self.chart)
+        return type(v)(self.home, ops.solve(for_batch(self, right.blocks), right.blocks), right.at).to(self.chart)
 
 
-CLASSES.update({(False, False): Form, (True, True): Cometric, (True, False): Endomorphism})
+class Endomorphism(_Mixed):
+    """A linear map E^i_j of the tangent space, e.g. E = G⁻¹H. Type (1,1); trace, det and eigenvalues are invariant."""
+
+    __slots__ = ()
+    kind = (True, False)
+
+
+class DualEndomorphism(_Mixed):
+    """A linear map A_i^j of the cotangent space, e.g. the transpose of an `Endomorphism`, or B G⁻¹. Type (1,1)."""
+
+    __slots__ = ()
+    kind = (False, True)
+
+
+CLASSES.update({(False, False): Form, (True, True): Cometric, (True, False): Endomorphism, (False, True): DualEndomorphism})
+
+
+def _require_not_negative(tensor: TypedTensor, sign: Tensor) -> None:
+    if not is_wrapped({"": sign}) and bool((sign < 0).any()):
+        raise SingularMetricError(
+            f"the determinant of this {describe(tensor)} is negative, so its logarithm is not real. At a saddle point use "
+            ".slogdet(), which gives the sign and log |det|; for a posterior check that the point is a minimum."
+        )
 
 
 def reference_metric(tensor: TypedTensor) -> Metric:
@@ -230,7 +283,16 @@ def reference_metric(tensor: TypedTensor) -> Metric:
 def as_operator(chart: Chart, components: Any, what: str, *, definite: bool = False, symmetric: bool = True) -> LinearOperator:
     """User components of a two-index object: operator, (d, d) matrix, (*s, *s) tensor or nested dicts [row][column]."""
     layout = chart.layout
+    if isinstance(components, TypedTensor):
+        raise VarianceError(
+            f"the components of {what} must be plain numbers, found {describe(components)}. To reinterpret the numbers pass T.components."
+        )
     if isinstance(components, LinearOperator):
+        if components.layout != layout:
+            raise GeometryError(
+                f"{what} in chart '{chart.name}' was given an operator on other blocks: {components.layout}, the chart has {layout}. "
+                "Build the operator on chart.layout."
+            )
         return components
     if isinstance(components, dict):
         rows = [torch.cat([_cell(components, r, c, layout[r].numel(), layout[c].numel(), what) for c in layout], -1) for r in layout]  # fmt: skip
@@ -239,7 +301,11 @@ def as_operator(chart: Chart, components: Any, what: str, *, definite: bool = Fa
         matrix = torch.as_tensor(components)
         square = layout[layout.names[0]] if len(layout) == 1 else torch.Size([layout.dim])
         is_matrix = not square and matrix.shape[-2:] == (1, 1)  # of a block without axes: not a batch of numbers
-        if not is_matrix and matrix.ndim >= 2 * len(square) and matrix.shape[matrix.ndim - 2 * len(square) :] == (*square, *square):
+        if (
+            not is_matrix
+            and matrix.ndim >= 2 * len(square)
+            and matrix.shape[matrix.ndim - 2 * len(square) :] == (*square, *square)
+        ):
             matrix = matrix.reshape(*matrix.shape[: matrix.ndim - 2 * len(square)], layout.dim, layout.dim)
     if matrix.ndim < 2 or matrix.shape[-2:] != (layout.dim, layout.dim):
         raise GeometryError(
@@ -248,12 +314,8 @@ def as_operator(chart: Chart, components: Any, what: str, *, definite: bool = Fa
         )
     if not matrix.is_floating_point():
         matrix = matrix.to(torch.get_default_dtype())
-    if not is_wrapped({"": matrix}):
-        tolerance = 1e3 * torch.finfo(matrix.dtype).eps * float(matrix.detach().abs().max())
-        is_symmetric = bool(((matrix - matrix.mT).abs() <= tolerance).all())
-    else:
-        is_symmetric = definite
-    return ops.Dense(layout, matrix, symmetric=symmetric and is_symmetric, definite=definite)
+    is_symmetric = definite if is_wrapped({"": matrix}) else symmetric and ops.is_symmetric(matrix)
+    return ops.Dense(layout, matrix, symmetric=is_symmetric, definite=definite)
 
 
 def _cell(nested: dict[str, Any], row: str, column: str, height: int, width: int, what: str) -> Tensor:
@@ -278,8 +340,9 @@ def _make_metric(chart: Chart, components: Any, *, at: Any) -> Metric:
             f"a metric in chart '{chart.name}' must be symmetric, found a matrix that is not. An inner product does not depend on "
             "the order of its arguments; symmetrise it, 0.5 * (M + M.mT), or make a form: chart.form(m, at=p)."
         )
-    ops.inverse(op, positive=True)  # raises SingularMetricError if it is not positive definite
-    op.definite = True
+    if not is_wrapped({"": op.like}):
+        ops.inverse(op, positive=True)  # raises SingularMetricError if it is not positive definite
+    op.symmetric, op.definite = True, True
     return Metric(chart, op, base)
 
 
@@ -296,22 +359,39 @@ makers.update(form=_make_form, metric=_make_metric, cometric=_make_cometric, end
 
 
 def _flatten(tensor: Rank2) -> tuple[list[Any], Any]:
-    """The matrix is the leaf; matrix-free objects are made dense, and refuse above a size."""
-    ops.require_small(tensor.op, "crossing the border of a transform with a matrix-free object")
-    op = ops.densify(tensor.op)
+    """The stored numbers are the leaves; matrix-free objects are made dense, and refuse above a size."""
+    op = tensor.op
+    if not isinstance(op, (ops.Dense, ops.Diagonal, ops.Multiple)):
+        ops.require_small(op, "crossing the border of a transform with a matrix-free object")
+        op = ops.densify(op)
+    numbers: list[Tensor]
+    match op:
+        case ops.Diagonal():
+            numbers = list(op.entries.values())
+        case ops.Multiple():
+            numbers = [op.factor]
+        case _:
+            numbers = [ops.densify(op).matrix]
     moving = is_wrapped(tensor.at.blocks) or bool(tensor.at.batch_shape)
-    context = (tensor.chart, tensor.home, tensor.ups, op.symmetric, op.definite, None if moving else tensor.at)
-    return ([op.matrix, tensor.at] if moving else [op.matrix]), context
+    context = (tensor.chart, tensor.home, tensor.ups, type(op), op.symmetric, op.definite, None if moving else tensor.at)
+    return ([numbers, tensor.at] if moving else [numbers]), context
 
 
 def _unflatten(cls: type[Rank2]) -> Any:
     def build(children: list[Any], context: Any) -> Rank2:
-        chart, home, ups, symmetric, definite, at = context
-        op = ops.Dense(home.layout, children[0], symmetric=symmetric, definite=definite)
+        chart, home, ups, kind, symmetric, definite, at = context
+        numbers: list[Any] = list(children[0])
+        op: LinearOperator
+        if kind is ops.Diagonal:
+            op = ops.Diagonal(home.layout, dict(zip(home.layout.names, numbers, strict=True)), definite=definite)
+        elif kind is ops.Multiple:
+            op = ops.Multiple(home.layout, numbers[0], definite=definite)
+        else:
+            op = ops.Dense(home.layout, numbers[0], symmetric=symmetric, definite=definite)
         return cls(chart, op, at if at is not None else children[1], home=home, ups=ups)
 
     return build
 
 
-for _cls in (Rank2, Form, Metric, Cometric, Endomorphism):
+for _cls in (Rank2, Form, Metric, Cometric, Endomorphism, DualEndomorphism):
     register_pytree(_cls, _flatten, _unflatten(_cls))

@@ -12,8 +12,9 @@ from geoad import operators as ops
 from geoad import transport
 from geoad.charts import Chart, Point
 from geoad.errors import BasePointError, ChartMismatchError, VarianceError
-from geoad.params import is_wrapped, register_pytree
-from geoad.tensors.base import Axis, TypedTensor, describe
+from geoad.params import Layout, is_wrapped, register_pytree
+from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe
+from geoad.tensors.densities import Density, LogDensity, determinant_weights
 from geoad.tensors.rank1 import Covector, Rank1, Vector
 from geoad.tensors.rank2 import Rank2, class_of
 
@@ -96,7 +97,7 @@ class GeoTensor(TypedTensor):
     def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
         return type(self)(self.data.to(device, dtype), self._axes, self.at.to(dtype=dtype, device=device))
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+    def map_numbers(self, fn: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(fn(self.data), self._axes, self.at)
 
     def carry(self, *, to: Point, chart: Chart) -> Self:
@@ -116,6 +117,48 @@ class GeoTensor(TypedTensor):
         return type(self)(self.data.mT, self._axes[::-1], self.at)
 
     T = mT
+
+    # -- two indices --------------------------------------------------------------------------------------------------------
+
+    def _square(self, what: str) -> tuple[Axis, Axis]:
+        if len(self._axes) != 2 or self._axes[0].size != self._axes[1].size:
+            raise VarianceError(
+                f"{what} is for tensors with two indices of the same length, found {self!r}. For the Jacobian J of a map between spaces of "
+                "different dimension use J.mT @ G @ J with a metric G of the target."
+            )
+        return self._axes[0], self._axes[1]
+
+    def inverse(self) -> Any:
+        """The inverse, of type [b*, a*] for a tensor of type [a, b]: for ∂ψ/∂θ this is ∂θ/∂ψ."""
+        a, b = self._square("the inverse")
+        inverse = ops.inverse(ops.Dense(Layout({"": (a.size,)}), self.data))  # raises if it is singular
+        return build(ops.to_dense(inverse), [b.dual(), a.dual()], self.at)
+
+    def slogdet(self) -> tuple[Tensor, Any]:
+        """(sign, log |det|): a `LogDensity` with a weight in each space, +1 for a lower and -1 for an upper index.
+
+        The sign depends on the orientation of the charts, as far as they differ.
+        """
+        axes = self._square("the determinant")
+        sign, value = ops.slogdet(ops.Dense(Layout({"": (axes[0].size,)}), self.data))
+        weight, foreign = determinant_weights(axes, self.chart)
+        return sign, LogDensity(self.chart, value, weight, self.at, foreign)
+
+    def logdet(self) -> LogDensity:
+        """log |det|, see `slogdet`."""
+        return self.slogdet()[1]
+
+    def det(self) -> Density:
+        """|det|, a `Density` with a weight in each space: |det ∂ψ/∂θ| has weight 1 in θ and -1 in ψ."""
+        return self.slogdet()[1].exp()
+
+    def trace(self) -> Tensor:
+        """The contraction of both indices, which must be dual to one another."""
+        return HANDLERS[torch.trace](self)
+
+    def solve(self, right: TypedTensor) -> Any:
+        """x with A x = b, for b of the type of the first index."""
+        return HANDLERS[torch.linalg.solve](self, right)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data, self._axes, self.at)
@@ -140,16 +183,19 @@ def as_general(tensor: TypedTensor) -> GeoTensor:
     return tensor if isinstance(tensor, GeoTensor) else GeoTensor(dense_of(tensor), tensor.axes, tensor.at)
 
 
-def build(data: Tensor, axes: Sequence[Axis], at: Point, *, symmetric: bool = False) -> Any:
+def build(data: Tensor, axes: Sequence[Axis], at: Point) -> Any:
     """The object with these axes, in its most special class; a plain tensor if no typed axis remains."""
     if all(axis.chart is None for axis in axes):
         return data
+    chart = axes[0].chart
+    if chart is not None and chart is not at.chart and chart != at.chart and all(axis.chart == chart for axis in axes):
+        at = at.to(chart) if chart.reference == at.chart.reference else at  # the image of a change of chart
     own = all(axis.chart is not None and axis.chart == at.chart for axis in axes)
     if own and len(axes) == 1:
         return (Vector if axes[0].up else Covector)(at.chart, at.chart.layout.unravel(data), at)
     if own and len(axes) == 2:
         cls, ups = class_of((axes[0].up, axes[1].up))
-        op = ops.Dense(at.chart.layout, data, symmetric=symmetric and ups[0] == ups[1])
+        op = ops.Dense(at.chart.layout, data, symmetric=ups[0] == ups[1] and ops.is_symmetric(data))
         return cls(at.chart, op, at, ups=ups)
     return GeoTensor(data, axes, at)
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from geoad import transport
 from geoad.charts import Chart, Components, Point, makers
 from geoad.errors import BasePointError, ChartMismatchError, VarianceError
-from geoad.params import Blocks, first, is_wrapped, map_blocks, register_pytree
+from geoad.params import Blocks, first, insert_axes, is_wrapped, map_blocks, register_pytree
 from geoad.repr import blocks_summary
 from geoad.tensors.base import HANDLERS, Axis, TypedTensor
 
-__all__ = ["Covector", "Rank1", "Vector"]
+__all__ = ["Covector", "Rank1", "Vector", "align", "require_at"]
 
 
 class Rank1(TypedTensor):
@@ -72,7 +72,7 @@ class Rank1(TypedTensor):
         blocks = map_blocks(lambda b: b.to(device=device, dtype=dtype), self.blocks)
         return type(self)(self.chart, blocks, self.at.to(dtype=dtype, device=device))
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+    def map_numbers(self, fn: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(self.chart, map_blocks(fn, self.blocks), self.at)
 
     def carry(self, *, to: Point, chart: Chart) -> Self:
@@ -149,9 +149,37 @@ def _maker(cls: type[Rank1]) -> Callable[..., Rank1]:
                 "numbers pass T.components; to convert use metric.sharp(covector) or metric.flat(vector)."
             )
         what = f"a {cls.__name__}"
-        return cls(chart, chart.pack(components, what), require_at(chart, at, what))
+        blocks, base = chart.pack(components, what), require_at(chart, at, what)
+        if base.batch_shape:
+            blocks = _over_points(chart, blocks, base, what)
+        return cls(chart, blocks, base)
 
     return make
+
+
+def _over_points(chart: Chart, blocks: Blocks, at: Point, what: str) -> Blocks:
+    """The batch axes of the point come first; one object without any is the same at all of them."""
+    points, batch = at.batch_shape, chart.layout.batch_shape(blocks)
+    if not batch:
+        return {name: block.expand((*points, *block.shape)) for name, block in blocks.items()}
+    if batch[: len(points)] != points:
+        raise BasePointError(
+            f"{what} of batch shape {tuple(batch)} was given base points of batch shape {tuple(points)}: it is not clear which object "
+            "lives at which point. The batch axes of the points come first, further ones behind; reshape the components, or pass a "
+            "single point."
+        )
+    return blocks
+
+
+def align(a: Rank1, b: Rank1) -> tuple[Blocks, Blocks]:
+    """Blocks whose batch axes broadcast: those of the base point in front, further ones as in torch."""
+    x, y = a.blocks, b.blocks
+    name = a.chart.layout.names[0]
+    missing = x[name].ndim - y[name].ndim
+    if missing and (points := len(a.at.batch_shape)):
+        x = map_blocks(lambda block: insert_axes(block, points, -missing), x)
+        y = map_blocks(lambda block: insert_axes(block, points, missing), y)
+    return x, y
 
 
 def _flatten(tensor: Rank1) -> tuple[list[Any], Any]:

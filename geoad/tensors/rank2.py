@@ -7,7 +7,7 @@ random roots) is computed at home and is therefore the same number in every char
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad import transport
-from geoad.charts import Chart, Point, same_point
-from geoad.errors import VarianceError
+from geoad.charts import Chart, Point
+from geoad.errors import GeometryError, VarianceError
 from geoad.operators import LinearOperator
-from geoad.params import Blocks
+from geoad.params import Blocks, insert_axes, map_blocks
 from geoad.tensors.base import Axis, TypedTensor, describe, require_same_place
 from geoad.tensors.moved import Moved
 from geoad.tensors.rank1 import Covector, Rank1, Vector
@@ -56,11 +56,8 @@ class Rank2(TypedTensor):
 
     @property
     def batch_shape(self) -> torch.Size:
-        if isinstance(self.op, ops.Dense):
-            return self.op.matrix.shape[:-2]
-        if isinstance(self.op, ops.Diagonal):
-            return self.home.layout.batch_shape(self.op.entries)
-        return self.at.batch_shape
+        own, points = op_batch(self.op), self.at.batch_shape
+        return own if len(own) >= len(points) else points
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +80,9 @@ class Rank2(TypedTensor):
 
     def to_dense(self) -> Tensor:
         """The matrix in this chart, shape (*batch, d, d), in the order of the chart."""
-        home = ops.densify(self.op).matrix if not isinstance(self.op, ops.Dense) else self.op.matrix
+        home = ops.densify(self.op).matrix
+        if home.ndim - 2 < len(self.at.batch_shape):
+            home = home.expand(*self.at.batch_shape, *home.shape)
         if self.chart == self.home:
             return home
         return transport.dense(home, self.ups, self.at.to(self.home), self.chart)
@@ -101,11 +100,11 @@ class Rank2(TypedTensor):
         batch = matrix.shape[:-2]
         if self.chart.plain:
             shape = layout[layout.names[0]]
-            return matrix.reshape(*batch, *shape, *shape)
+            return matrix.reshape((*batch, *shape, *shape))
         slices = layout.offsets()
         return {
             row: {
-                column: matrix[..., slices[row], slices[column]].reshape(*batch, *layout[row], *layout[column])
+                column: matrix[..., slices[row], slices[column]].reshape((*batch, *layout[row], *layout[column]))
                 for column in layout.names
             }
             for row in layout.names
@@ -128,13 +127,17 @@ class Rank2(TypedTensor):
         self.at.check_fresh()
         return type(self)(chart, self.op, self.at.to(chart), home=self.home, ups=self.ups)
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+    def map_numbers(self, fn: Callable[[Tensor], Tensor]) -> Self:
         return self._like(_map_operator(self.op, fn))
 
     def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
         if dtype == self.dtype and device == self.device:
             return self
-        op = _map_operator(ops.densify(self.op) if not self.op.materialised else self.op, lambda t: t.to(device, dtype))
+        op = self.op
+        if not op.materialised:
+            ops.require_small(op, "changing the dtype or device of a matrix-free object")
+            op = ops.densify(op)
+        op = _map_operator(op, lambda t: t.to(device, dtype))
         at = self.at.to(dtype=dtype, device=device)
         return type(self)(self.chart, op, at, home=self.home, ups=self.ups)
 
@@ -157,17 +160,19 @@ class Rank2(TypedTensor):
         """Contract the second axis with `other`: the same as ``self @ other``."""
         if not isinstance(other, Rank1) or other.up == self.ups[1]:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise VarianceError(_wrong_argument(self, other))
-        if self.at is not other.at and not (self.chart == other.chart and same_point(self.at, other.at)):
+        if self.at is not other.at:
             require_same_place(self, other, "contract")
         result = Vector if self.ups[0] else Covector
-        if self.chart == self.home:
-            return result(self.chart, _batched(self.op.mv, self, other.blocks), other.at)
-        argument = other.to(self.home)
-        return result(self.home, _batched(self.op.mv, self, argument.blocks), argument.at).to(self.chart)
+        chart, home, op = self.chart, self.home, self.op
+        if chart is home:
+            single = type(op) is ops.Dense and op.matrix.ndim == 2
+            return result(chart, op.mv(other.blocks) if single else product(self, other.blocks), other.at)
+        argument = other.to(home)
+        return result(home, product(self, argument.blocks), argument.at).to(chart)
 
     def compose(self, other: Rank2) -> Any:
         """Contract the second axis with the first of `other`: the same as ``self @ other``."""
-        if self.ups[1] == other.ups[0]:
+        if not isinstance(other, Rank2) or self.ups[1] == other.ups[0]:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise VarianceError(_wrong_argument(self, other))
         require_same_place(self, other, "contract")
         home, a, b = common_home(self, other)
@@ -183,10 +188,9 @@ class Rank2(TypedTensor):
 
     T = mT
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self._like(copy.deepcopy(self.op, memo))
-
     def __reduce__(self) -> tuple[Any, ...]:
+        if not self.op.materialised:
+            _require_picklable(self)
         return _restore, (type(self), self.chart, self.op, self.at, self.home, self.ups)
 
 
@@ -194,13 +198,59 @@ def _restore(cls: type[Rank2], chart: Chart, op: LinearOperator, at: Point, home
     return cls(chart, op, at, home=home, ups=ups)
 
 
-def _batched(product: Callable[[Blocks], Blocks], tensor: Rank2, blocks: Blocks) -> Blocks:
-    """The product under further batch axes of the argument."""
-    extra = len(tensor.home.layout.batch_shape(blocks)) - len(tensor.batch_shape)
-    if extra > 0 and not isinstance(tensor.op, (ops.Dense, ops.Diagonal, ops.Multiple)):
-        for _ in range(extra):
-            product = torch.func.vmap(product)
-    return product(blocks)
+def _require_picklable(tensor: Rank2) -> None:
+    try:
+        pickle.dumps(tensor.op)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise GeometryError(
+            f"cannot pickle {describe(tensor)}: it is matrix-free and holds on to functions that cannot be pickled ({error}). Store "
+            "its matrix first: T.materialise()."
+        ) from error
+
+
+def op_batch(op: LinearOperator) -> torch.Size:
+    """The batch shape of the stored numbers."""
+    match op:
+        case ops.Dense():
+            return op.matrix.shape[:-2]
+        case ops.Diagonal():
+            return op.layout.batch_shape(op.entries)
+        case ops.Multiple():
+            return op.factor.shape
+        case ops.Inverse() | ops.Transpose() | ops.Detached():
+            return op_batch(op.operator)
+        case ops.Product():
+            return torch.broadcast_shapes(op_batch(op.left), op_batch(op.right))
+        case ops.Sum():
+            return torch.broadcast_shapes(*(op_batch(term) for _, term in op.terms))
+        case _:
+            return torch.Size()
+
+
+def for_batch(tensor: Rank2, blocks: Blocks) -> LinearOperator:
+    """The operator of `tensor` with its batch axes placed so that they broadcast with those of `blocks`.
+
+    The batch axes of the base point come first in both; further ones broadcast as in torch.
+    """
+    wanted, own = len(tensor.home.layout.batch_shape(blocks)), len(op_batch(tensor.op))
+    points = len(tensor.at.batch_shape)
+    if not points or not own or wanted <= own:
+        return tensor.op
+    return _map_operator(tensor.op, lambda stored: insert_axes(stored, points, wanted - own))
+
+
+def product(tensor: Rank2, blocks: Blocks) -> Blocks:
+    """A v under the batch axes of both."""
+    op, layout = tensor.op, tensor.home.layout
+    wanted, own, points = len(layout.batch_shape(blocks)), len(op_batch(op)), len(tensor.at.batch_shape)
+    if op.materialised:
+        if points and wanted < own:
+            blocks = map_blocks(lambda block: insert_axes(block, points, own - wanted), blocks)
+        return for_batch(tensor, blocks).mv(blocks)
+    mapped: Callable[[Blocks], Blocks] = op.mv
+    for _ in range(wanted - max(own, points)):
+        mapped = torch.func.vmap(mapped, in_dims=points, out_dims=points)
+    return mapped(blocks)
 
 
 def _map_operator(op: LinearOperator, fn: Callable[[Tensor], Tensor]) -> LinearOperator:
@@ -212,13 +262,16 @@ def _map_operator(op: LinearOperator, fn: Callable[[Tensor], Tensor]) -> LinearO
         case ops.Multiple():
             return ops.Multiple(op.layout, fn(op.factor), definite=op.definite)
         case ops.Sum():
-            return ops.Sum([(factor, _map_operator(term, fn)) for factor, term in op.terms], definite=op.definite)
+            terms = [(factor, _map_operator(term, fn)) for factor, term in op.terms]
+            return ops.Sum(terms, definite=op.definite, symmetric=op.symmetric)
         case ops.Inverse():
             return ops.Inverse(_map_operator(op.operator, fn), positive=op.positive)
         case ops.Product():
             return ops.Product(_map_operator(op.left, fn), _map_operator(op.right, fn))
+        case ops.Transpose():
+            return ops.Transpose(_map_operator(op.operator, fn))
         case _:
-            return op
+            return ops.Detached(op) if fn is torch.detach else op
 
 
 def common_home(a: Rank2, b: Rank2) -> tuple[Chart, LinearOperator, LinearOperator]:

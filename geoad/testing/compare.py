@@ -73,8 +73,8 @@ def _equal(a: Any, b: Any) -> bool:
     for leaf in (a, b):
         if callable(leaf) or isinstance(leaf, TypedTensor):
             raise GeometryError(
-                f"the function returned {describe(leaf)}, which holds no numbers to compare. Return numbers, tensors, typed tensors at a "
-                "point, or dicts, lists and tuples of them; evaluate fields at the point first."
+                f"the function returned {describe(leaf)}, which holds no numbers to compare. Return numbers, tensors, "
+                "typed tensors at a point, or dicts, lists and tuples of them; evaluate fields at the point first."
             )
     return bool(a == b)
 

@@ -63,10 +63,8 @@ class DiffeomorphismConformance(ABC):
         bound = self._bound()
         for x in self._points():
             y = bound.forward(x)
-            _require(
-                Layout({name: block.shape for name, block in y.items()}) == bound.bound_layout(),
-                f"forward returns the blocks { ({n: tuple(b.shape) for n, b in y.items()}) }, the layout is {bound.bound_layout()}",
-            )
+            found = Layout({name: block.shape for name, block in y.items()})
+            _require(found == bound.bound_layout(), f"forward returns the blocks {found}, wanted are {bound.bound_layout()}")
             self._close(bound.invert(y), x, "invert(forward(x)) is not x")
             self._close(bound.forward(bound.invert(y)), y, "forward(invert(y)) is not y")
 

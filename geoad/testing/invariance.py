@@ -69,9 +69,10 @@ def assert_invariant(
         for where, leaf in leaves(result):
             if isinstance(leaf, (TypedTensor, Point)) or hasattr(leaf, "chart"):
                 raise GeometryError(
-                    f"assert_invariant compares numbers, but the function returned {describe(leaf)}{_at(where)}. Its components differ "
-                    "between charts by the law of its type, as they should. Use geoad.testing.assert_equivariant, or return an invariant "
-                    "of it: a pairing, a norm with respect to a metric, the trace of an endomorphism."
+                    f"assert_invariant compares numbers, but the function returned {describe(leaf)}{_at(where)}. Its "
+                    "components differ between charts by the law of its type, as they should. Use "
+                    "geoad.testing.assert_equivariant, or return an invariant of it: a pairing, a norm with respect "
+                    "to a metric, the trace of an endomorphism."
                 )
         return result
 
@@ -90,8 +91,8 @@ def assert_equivariant(
     """Assert that what `fn` returns in a chart, moved to the reference chart, is what it returns in the reference chart.
 
     As `assert_invariant`, but for typed results: points, vectors, forms, densities, Christoffel symbols; anything with
-    ``.to(chart)``. Plain numbers among them are compared as they are, so they must be invariant. A `GeoModule` among the results
-    stands for its point: ``def step(g): ...; return g`` tests an optimizer.
+    ``.to(chart)``. Plain numbers among them are compared as they are, so they must be invariant. A `GeoModule`
+    among the results stands for its point: ``def step(g): ...; return g`` tests an optimizer.
 
     Raises:
         AssertionError: the moved results differ; the message names the charts, both values, and likely causes.
@@ -163,8 +164,8 @@ class _Start:
             geo = home.point(generic_blocks(home.layout, seed))
         if not isinstance(geo, (GeoModule, Point)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise GeometryError(
-                f"the second argument is a GeoModule, a Point or a Chart, found {type(geo).__name__}. A plain network has one chart only; "
-                "wrap it: geoad.GeoModule(net)."
+                f"the second argument is a GeoModule, a Point or a Chart, found {type(geo).__name__}. A plain network "
+                "has one chart only; wrap it: geoad.GeoModule(net)."
             )
         self.point = geo.point() if isinstance(geo, GeoModule) else geo
         self.reference = self.point.chart.reference
@@ -200,11 +201,8 @@ def _views(geo: GeoModule | Point | Chart, charts: Charts, seed: int) -> tuple[_
         return start, standard_charts(start.reference, seed=seed)
     if isinstance(charts, (Chart, Reparametrization, Diffeomorphism)):
         charts = [charts]
-    given: Iterable[tuple[str, Any]]
-    if isinstance(charts, Mapping):
-        given = cast("Mapping[str, Any]", charts).items()
-    else:
-        given = (("", each) for each in charts)
+    named = cast("Mapping[str, Any]", charts) if isinstance(charts, Mapping) else None
+    given: Iterable[tuple[str, Any]] = (("", each) for each in charts) if named is None else named.items()
     views: dict[str, Chart] = {}
     for name, each in given:
         chart = _as_chart(each, start.reference, name)
@@ -212,8 +210,8 @@ def _views(geo: GeoModule | Point | Chart, charts: Charts, seed: int) -> tuple[_
         views[key if key not in views else f"{key} ({len(views)})"] = chart
     if not views:
         raise GeometryError(
-            "charts= is empty, so nothing would be compared and the assertion would always hold. Pass charts or recipes, or leave it "
-            "out for the standard set."
+            "charts= is empty, so nothing would be compared and the assertion would always hold. Pass charts or "
+            "recipes, or leave it out for the standard set."
         )
     return start, views
 
@@ -227,8 +225,8 @@ def _as_chart(given: Any, reference: Chart, name: str) -> Chart:
         return given
     found = f"chart '{given.name}' of another manifold" if isinstance(given, Chart) else type(given).__name__
     raise GeometryError(
-        f"charts= holds {found}; wanted are charts or reparametrizations of the manifold of '{reference.name}', or maps of geoad.maps "
-        "(which are applied to its reference chart). The same point has to be seen in each."
+        f"charts= holds {found}; wanted are charts or reparametrizations of the manifold of '{reference.name}', or "
+        "maps of geoad.maps (which are applied to its reference chart). The same point has to be seen in each."
     )
 
 
@@ -250,23 +248,24 @@ def _at(where: str) -> str:
 # -- what may be the reason ------------------------------------------------------------------------------------------------
 
 _OWN_METRIC = (
-    "It survives orthogonal changes of coordinates but not a scaling: a norm, a trace, an identity matrix (damping λI, an isotropic "
-    "prior, weight decay) or a plain gradient step of the chart's own coordinates is in it. Use a metric field: G.norm(v), G.trace(B), "
-    "G.solve(w, damping=...), geoad.riemannian_grad, geoad.optim.Invariant."
+    "It survives orthogonal changes of coordinates but not a scaling: a norm, a trace, an identity matrix (damping "
+    "λI, an isotropic prior, weight decay) or a plain gradient step of the chart's own coordinates is in it. Use a "
+    "metric field: G.norm(v), G.trace(B), G.solve(w, damping=...), geoad.riemannian_grad, geoad.optim.Invariant."
 )
 _CURVED = (
-    "It survives affine changes of coordinates but not curved ones: a plain second derivative (∂²L without the connection term) or a "
-    "straight line of the chart's own coordinates is in it. Use geoad.hessian(L, metric), p.retract(v), geoad.interpolate."
+    "It survives affine changes of coordinates but not curved ones: a plain second derivative (∂²L without the "
+    "connection term) or a straight line of the chart's own coordinates is in it. Use geoad.hessian(L, metric), "
+    "p.retract(v), geoad.interpolate."
 )
 _MIXED = (
-    "It survives scalings but not maps that mix coordinates: something that is diagonal, block by block or entry by entry in the chart's "
-    "own coordinates is in it (a diagonal Fisher built in ψ, Adam's moments, clipping by value, a sum of |entries|). Say where the "
-    "structure is imposed (chart=geo.reference)."
+    "It survives scalings but not maps that mix coordinates: something that is diagonal, block by block or entry by "
+    "entry in the chart's own coordinates is in it (a diagonal Fisher built in ψ, Adam's moments, clipping by value, "
+    "a sum of |entries|). Say where the structure is imposed (chart=geo.reference)."
 )
 _ANY = (
-    "Likely: .components or .grad used as if they were numbers with a meaning; an autograd Hessian, a norm, a trace or an identity matrix "
-    "of the chart's own coordinates; a torch.optim optimizer on geo.parameters(); random probes drawn in the chart; state that the function "
-    "keeps from one call to the next."
+    "Likely: .components or .grad used as if they were numbers with a meaning; an autograd Hessian, a norm, a trace "
+    "or an identity matrix of the chart's own coordinates; a torch.optim optimizer on geo.parameters(); random "
+    "probes drawn in the chart; state that the function keeps from one call to the next."
 )
 _AFFINE = ("orthogonal", "scale", "layers", "affine")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from geoad.fields import ScalarField
 from geoad.module import GeoModule
+from geoad.params import Layout
 from geoad.testing.recipes import generic_blocks
 
 __all__ = ["NETWORKS", "SmallNetwork", "build"]
@@ -23,6 +25,7 @@ class SmallNetwork:
     Attributes:
         name: which of `NETWORKS` it is.
         geo: the network as a manifold, in its reference chart.
+        bare: a copy of the plain network, that geoad knows nothing of.
         inputs: x, the samples along the first axis.
         targets: classes, for a cross entropy on the two outputs.
         values: real targets of the shape of the outputs, for a squared error.
@@ -30,6 +33,7 @@ class SmallNetwork:
 
     name: str
     geo: GeoModule
+    bare: nn.Module
     inputs: Tensor
     targets: Tensor
     values: Tensor
@@ -119,17 +123,17 @@ def build(name: str, seed: int = 0) -> SmallNetwork:
 
     >>> from geoad.testing import networks
     >>> networks.build("tied").geo.point()
-    Point('theta', dim=21, torch.float64, cpu)
+    Point('theta', dim=21, float64, cpu)
     """
     make, shape = _BUILDERS[name]
     net = make().double().eval()
     draws = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draws, dtype=torch.float64)
+        return torch.randn(size, generator=draws, dtype=torch.float64)
 
-    geo = GeoModule(net)
-    start = generic_blocks(geo.reference.layout, seed)
+    trainable = {key: each for key, each in net.named_parameters() if each.requires_grad}
+    start = generic_blocks(Layout({key: each.shape for key, each in trainable.items()}), seed)
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.BatchNorm1d):
@@ -137,7 +141,8 @@ def build(name: str, seed: int = 0) -> SmallNetwork:
                 module.running_var = normal(module.num_features).exp()
         for parameter in net.parameters():
             parameter.copy_(normal(*parameter.shape))
-        for key, parameter in geo.stored_parameters().items():
+        for key, parameter in trainable.items():
             parameter.copy_(start[key])
     targets = torch.randint(0, 2, (5,), generator=draws)
-    return SmallNetwork(name, geo, normal(5, *shape), targets, normal(5, 2))
+    bare = copy.deepcopy(net)
+    return SmallNetwork(name, GeoModule(net), bare, normal(5, *shape), targets, normal(5, 2))

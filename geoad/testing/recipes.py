@@ -108,8 +108,9 @@ def condition(phi: Reparametrization | Chart | Diffeomorphism, p: Point | Blocks
     if isinstance(p, Point):
         if not isinstance(phi, Reparametrization):
             raise GeometryError(
-                "condition was given a bare map and a Point. A map on plain blocks does not know charts, so it is not known which "
-                "coordinates of the point it takes; pass p.blocks of the right chart, or the Reparametrization."
+                "condition was given a bare map and a Point. A map on plain blocks does not know charts, so it is "
+                "not known which coordinates of the point it takes; pass p.blocks of the right chart, or the "
+                "Reparametrization."
             )
         p = p.to(phi.source).blocks
     bound = phi.map if isinstance(phi, Reparametrization) else phi

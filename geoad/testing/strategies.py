@@ -40,8 +40,8 @@ try:
     from hypothesis import strategies as st
 except ImportError as error:  # pragma: no cover
     raise ImportError(
-        "geoad.testing.strategies draws examples with hypothesis, which is not installed. The assertions of geoad.testing work "
-        "without it; for the strategies install the extra: pip install geoad[test]."
+        "geoad.testing.strategies draws examples with hypothesis, which is not installed. The assertions of "
+        "geoad.testing work without it; for the strategies install the extra: pip install geoad[test]."
     ) from error
 
 __all__ = [
@@ -131,12 +131,9 @@ def reparametrizations(
 ) -> Reparametrization:
     """Changes of coordinates from `chart`, of every kind that `recipes` draws.
 
-    Args:
-        chart: the source, a reference chart or any other.
-        at: a point that has coordinates in the new chart, with cond J ≤ `max_condition`. Default: a generic point, to be
-            replaced by those of `points` of the new chart.
-        max_maps: the length of compositions.
-        max_condition: the worst condition number of J at the point.
+    `chart` is the source, a reference chart or any other. `at` is a point that has coordinates in the new chart, with
+    cond J ≤ `max_condition` there; by default a generic point, to be replaced by those of `points` of the new chart.
+    Compositions are of up to `max_maps` maps.
     """
     plan = draw(_plans(chart.layout, max_maps))
     seed = draw(seeds())
@@ -236,8 +233,9 @@ def endomorphisms(p: Point) -> st.SearchStrategy[Endomorphism]:
 
 @st.composite
 def metric_fields(draw: st.DrawFn, chart: Chart) -> MetricField:
-    """Metric fields whose numbers are given in `chart`: Euclidean, constant, diagonal, a function of the point, conformal,
-    a sum. All are positive definite with eigenvalues of order 1.
+    """Metric fields whose numbers are given in `chart`, positive definite with eigenvalues of order 1.
+
+    Euclidean, constant, diagonal, a function of the point, conformal, or a sum.
     """
     seed, d = draw(seeds()), chart.dim
     kind = draw(st.sampled_from(["euclidean", "constant", "diagonal", "function", "conformal", "sum"]))

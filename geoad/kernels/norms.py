@@ -1,0 +1,109 @@
+"""Normalisation layers whose second derivatives are right.
+
+The fused ``layer_norm``, ``instance_norm`` and (in training mode) ``batch_norm`` of torch 2.13 treat the saved mean and variance
+as constants in some second derivatives and are wrong in silence by tens of percent: under jvp of jvp, and under any derivative of
+a ``vmap``-ped vjp, which includes ``torch.func.hessian`` and ``jacfwd(jacrev(f))`` (pytorch issue 196700 is the first of these).
+Under nested transforms geoad evaluates networks with the formulas of these layers instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["SpelledOut", "spelled_out"]
+
+
+def spelled_out() -> AbstractContextManager[Any]:
+    """`SpelledOut` under two or more ``torch.func`` transforms (or the compiler, where they are not seen), else nothing."""
+    if torch.compiler.is_compiling():
+        return SpelledOut()
+    level: int | None = torch._C._functorch.maybe_current_level()  # pyright: ignore
+    return SpelledOut() if level is not None and level > 1 else nullcontext()
+
+
+class SpelledOut(TorchFunctionMode):
+    """Layer, instance and batch norm by their formulas.
+
+    >>> import torch
+    >>> from geoad.kernels.norms import SpelledOut
+    >>> x, f = torch.tensor([[0.3, -1.0, 2.0]]), lambda x: torch.nn.functional.layer_norm(x, (3,))
+    >>> with SpelledOut():
+    ...     spelled = f(x)
+    >>> torch.allclose(f(x), spelled)
+    True
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        formula = _FORMULAS.get(func)
+        result = None if formula is None else formula(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def _normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = range(-len(normalized_shape), 0)
+    return _affine(_normalised(input, tuple(dims), eps), weight, bias, tuple(normalized_shape))
+
+
+def _channels(x: Tensor) -> tuple[int, ...]:
+    return (1, -1, *[1] * (x.ndim - 2))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """In training mode; the running statistics are left as they are. In eval mode torch's own is right."""
+    if not training:
+        return None
+    return _affine(_normalised(input, (0, *range(2, input.ndim)), eps), weight, bias, _channels(input))
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if not use_input_stats:
+        return None
+    return _affine(_normalised(input, tuple(range(2, input.ndim)), eps), weight, bias, _channels(input))
+
+
+_FORMULAS: dict[Any, Callable[..., Tensor | None]] = {
+    functional.layer_norm: _layer_norm,
+    functional.batch_norm: _batch_norm,
+    functional.instance_norm: _instance_norm,
+}
