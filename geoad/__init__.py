@@ -51,3 +51,7 @@ from geoad.tensors import GeoTensor as GeoTensor
 from geoad.tensors import LogDensity as LogDensity
 from geoad.tensors import Metric as Metric
 from geoad.tensors import Vector as Vector
+from geoad.tensors.save import from_state as from_state
+from geoad.tensors.save import load as load
+from geoad.tensors.save import save as save
+from geoad.tensors.save import to_state as to_state

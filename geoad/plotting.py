@@ -32,8 +32,8 @@ def _axes(ax: Axes | None) -> Axes:
         from matplotlib import pyplot
     except ImportError as error:
         raise GeometryError(
-            "drawing needs matplotlib, which is not installed. It is an extra: pip install geoad[plot]. Nothing but geoad.plotting "
-            "uses it."
+            "drawing needs matplotlib, which is not installed. It is an extra: pip install geoad[plot]. Only "
+            "geoad.plotting uses it."
         ) from error
     return pyplot.subplots()[1]
 
@@ -41,8 +41,8 @@ def _axes(ax: Axes | None) -> Axes:
 def _require_plane(chart: Chart, what: str) -> None:
     if chart.dim != 2:
         raise GeometryError(
-            f"{what} are drawn in a plane, chart '{chart.name}' has {chart.dim} coordinates. Restrict the function to a plane first: a "
-            "chart with two coordinates."
+            f"{what} are drawn in a plane, chart '{chart.name}' has {chart.dim} coordinates. Restrict the function to a "
+            "plane first: a chart with two coordinates."
         )
 
 
@@ -166,7 +166,12 @@ def trajectory(
     seen = _numbers(points, chart).numpy()
     (line,) = ax.plot(seen[:, 0], seen[:, 1], label=label, **style)
     if ends:
-        mark = {"color": line.get_color(), "linestyle": "none", "zorder": line.get_zorder() + 0.5, "markeredgecolor": "white"}
+        mark: dict[str, Any] = {
+            "color": line.get_color(),
+            "linestyle": "none",
+            "zorder": line.get_zorder() + 0.5,
+            "markeredgecolor": "white",
+        }
         ax.plot(*seen[0], marker="o", markersize=8, **mark)
         ax.plot(*seen[-1], marker="*", markersize=15, **mark)
     return ax

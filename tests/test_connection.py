@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import sys
@@ -37,15 +38,18 @@ def close(a: Tensor, b: Tensor, tol: float = 1e-11) -> None:
 
 
 def rough(x: Tensor) -> Tensor:
-    """A metric without symmetries: M Mᵀ + 1 with M depending on x."""
+    """A metric without symmetries: M Mᵀ + diag(exp(x)) with M depending on x.
+
+    No products with constants: in forward mode they cost torch 2.13 more than a millisecond each.
+    """
     d = x.shape[0]
-    m = x[:, None] * torch.arange(1.0, d + 1, dtype=x.dtype).cos() + 0.5 * torch.sin(x)[:, None]
-    return m @ m.mT + torch.eye(d, dtype=x.dtype)
+    m = x[:, None] @ torch.arange(1.0, d + 1, dtype=x.dtype).cos()[None, :] + x.sin()[:, None]
+    return m @ m.mT + torch.diag(x.exp())
 
 
 def sphere(x: Tensor) -> Tensor:
     """The unit sphere in colatitude and longitude."""
-    return torch.diag(torch.stack([torch.ones_like(x[0]), x[0].sin() ** 2]))
+    return torch.diag(torch.stack([torch.ones_like(x[0]), x[0].sin() * x[0].sin()]))
 
 
 def stereographic(x: Tensor) -> Tensor:
@@ -338,7 +342,7 @@ def test_what_symbols_refuse() -> None:
 # -- geodesics ---------------------------------------------------------------------------------------------------------
 
 
-def great_circle(x: Tensor, v: Tensor, time: float) -> Tensor:
+def great_circle(x: Tensor, v: Tensor, time: float | Tensor) -> Tensor:
     """Colatitude and longitude on the great circle, by embedding the sphere."""
 
     def embed(a: Tensor) -> Tensor:
@@ -346,7 +350,8 @@ def great_circle(x: Tensor, v: Tensor, time: float) -> Tensor:
 
     n, velocity = torch.func.jvp(embed, (x,), (v,))
     speed = velocity.norm()
-    q = n * torch.cos(speed * time) + velocity / speed * torch.sin(speed * time)
+    angle = speed * time
+    q = n * torch.cos(angle) + velocity / speed * torch.sin(angle)
     return torch.stack([q[2].acos(), torch.atan2(q[1], q[0])])
 
 
@@ -374,7 +379,7 @@ def test_order_of_runge_kutta() -> None:
     p = chart.point(x)
     start, exact = chart.vector(v, at=p), great_circle(x, v, 1.0)
     errors = [float((geoad.geodesic(field, p, start, steps=n).components - exact).norm()) for n in (8, 16, 32)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert 3.7 < math.log2(coarse / fine) < 4.3
 
 
@@ -408,7 +413,7 @@ def test_gaussians_lie_on_semicircles() -> None:
     v = chart.vector(torch.tensor([math.sqrt(2) * radius / cosh**2, -radius / cosh * math.tanh(s)]), at=p)
     close(field(p).norm(v), torch.tensor(math.sqrt(2)))
     for time in (0.5, 1.5, -1.0):
-        close(geoad.geodesic(field, p, v, time, steps=96).components, curve(s + time), 1e-7)
+        close(geoad.geodesic(field, p, v, time, steps=64).components, curve(s + time), 1e-6)
 
 
 def test_flat_metrics_are_exact() -> None:
@@ -437,8 +442,8 @@ def test_times() -> None:
     assert torch.equal(listed[0].ravel(), p.ravel())
     assert geoad.geodesic(field, p, v, []) == []
     close(geoad.geodesic(field, p, v, torch.tensor(1.0), steps=40).ravel(), alone.ravel())
-    back = geoad.geodesic(field, *geoad.geodesic(field, p, v, 1.0, steps=200, return_velocity=True), -1.0, steps=200)
-    close(back.ravel(), p.ravel(), 1e-9)
+    back = geoad.geodesic(field, *geoad.geodesic(field, p, v, 1.0, return_velocity=True), -1.0)
+    close(back.ravel(), p.ravel(), 1e-7)
     for wrong in ("1", None, torch.ones(2, 2), [[1.0]], True):
         with pytest.raises(GeometryError, match="t must be"):
             geoad.geodesic(field, p, v, wrong)  # type: ignore[arg-type]
@@ -478,7 +483,7 @@ def test_exponential_map_is_differentiable() -> None:
 
     def end(x: Tensor, v: Tensor, time: Tensor) -> Tensor:
         p = chart.point(x)
-        return geoad.geodesic(field, p, chart.vector(v, at=p), time, steps=64).ravel()
+        return geoad.geodesic(field, p, chart.vector(v, at=p), time, steps=16).ravel()
 
     x, v, time = torch.tensor([1.1, 0.2]), torch.tensor([0.4, 0.9]), torch.tensor(0.8)
     forward: Any = torch.func.jacfwd(end, argnums=(0, 1, 2))(x, v, time)
@@ -489,8 +494,8 @@ def test_exponential_map_is_differentiable() -> None:
     numeric = (end(x, v + torch.tensor([h, 0.0]), time) - end(x, v - torch.tensor([h, 0.0]), time)) / (2 * h)
     close(forward[1][:, 0], numeric, 1e-8)
     p = chart.point(x)
-    _, velocity = geoad.geodesic(field, p, chart.vector(v, at=p), 0.8, steps=64, return_velocity=True)
-    close(forward[2], velocity.components, 1e-7)
+    _, velocity = geoad.geodesic(field, p, chart.vector(v, at=p), 0.8, steps=16, return_velocity=True)
+    close(forward[2], velocity.components, 1e-5)
 
 
 @pytest.mark.parametrize("method", ["scipy", "torchdiffeq"])
@@ -615,7 +620,7 @@ def test_large_manifold_with_an_iterative_solver() -> None:
     close(direct.ravel(), iterated.ravel(), 1e-9)
     # the metric is flat: sinh(Q x) moves along a straight line
     y, u = torch.func.jvp(lambda x: torch.sinh(mix @ x), (p.ravel(),), (v.ravel(),))
-    close(geoad.geodesic(field, p, v, 0.5, steps=100).ravel(), mix.mT @ torch.asinh(y + 0.5 * u), 1e-7)
+    close(geoad.geodesic(field, p, v, 0.5, steps=32).ravel(), mix.mT @ torch.asinh(y + 0.5 * u), 1e-5)
 
 
 # -- parallel transport ------------------------------------------------------------------------------------------------
@@ -631,11 +636,11 @@ def test_latitude_circle() -> None:
 
     p = circle(torch.tensor(0.0))
     v = chart.vector(torch.tensor([0.7, 0.4]), at=p)
-    end = geoad.parallel_transport(field, circle, v, steps=200)
+    end = geoad.parallel_transport(field, circle, v, steps=100)
     angle, sine = 2 * math.pi * math.cos(colatitude), math.sin(colatitude)
     a, b = 0.7, 0.4 * sine
     turned = [a * math.cos(angle) + b * math.sin(angle), (b * math.cos(angle) - a * math.sin(angle)) / sine]
-    close(end.components, torch.tensor(turned), 1e-7)
+    close(end.components, torch.tensor(turned), 1e-6)
     close(end.at.components, torch.tensor([colatitude, 2 * math.pi]))
 
 
@@ -650,7 +655,7 @@ def test_spherical_triangle() -> None:
 
     v = chart.vector(torch.tensor([1.0, 0.5]), at=pole)
     for curve in ([pole, east], equator, [north, pole]):
-        v = geoad.parallel_transport(field, curve, v, steps=100)
+        v = geoad.parallel_transport(field, curve, v, steps=64)
     close(v.components, torch.tensor([-0.5, 1.0]), 1e-7)
 
 
@@ -661,45 +666,74 @@ def curve_of(theta: geoad.Chart) -> Callable[[Tensor], geoad.Point]:
     return curve
 
 
-@pytest.mark.parametrize("recipe", ["softplus", "affine", "coupling"])
-def test_isometry_of_all_types(recipe: str) -> None:
-    """Everything that is made of G, u, v, w keeps its value, and the result is the same in every chart."""
-    theta, psi, _ = pair(recipe)
+def test_isometry_of_all_types() -> None:
+    """Everything that is made of G, u, v, w keeps its value."""
+    theta = geoad.Chart({"x": (3,)}, name="theta")
     field, curve = theta.metric_field(rough), curve_of(theta)
     p, q = curve(torch.tensor(0.0)), curve(torch.tensor(1.0))
     u, v = (theta.vector(torch.tensor(x), at=p) for x in ([1.0, 0.0, 2.0], [0.3, -1.0, 0.5]))
     w = theta.covector(torch.tensor([0.2, 0.1, -0.7]), at=p)
 
     def carried(thing: Any) -> Any:
-        return geoad.parallel_transport(field, curve, thing, steps=16)
+        return geoad.parallel_transport(field, curve, thing, steps=24)
 
-    close(field(q)(carried(u), carried(v)), field(p)(u, v), 1e-8)
-    close(field(q).norm(carried(w)), field(p).norm(w), 1e-8)
-    close(carried(w)(carried(u)), w(u), 1e-8)
+    moved_u, moved_v, moved_w = carried(u), carried(v), carried(w)
+    close(field(q)(moved_u, moved_v), field(p)(u, v), 1e-7)
+    close(field(q).norm(moved_w), field(p).norm(w), 1e-7)
+    close(moved_w(moved_u), w(u), 1e-7)
     form = theta.form(torch.randn(3, 3), at=p)
-    close(carried(form)(carried(u), carried(v)), form(u, v), 1e-8)
+    close(carried(form)(moved_u, moved_v), form(u, v), 1e-7)
     moved = carried(field(p))
     assert isinstance(moved, geoad.Metric)
-    close(moved.to_dense(), field(q).to_dense(), 1e-8)
-    close(moved.sharp(carried(w)).components, field(q).sharp(carried(w)).components, 1e-7)
+    assert torch.equal(moved.to_dense(), moved.to_dense().mT)
+    close(moved.to_dense(), field(q).to_dense(), 1e-7)
+    close(moved.sharp(moved_w).components, field(q).sharp(moved_w).components, 1e-7)
     inverse = carried(field(p).inverse())
     assert isinstance(inverse, geoad.Cometric)
-    close(inverse.to_dense(), torch.linalg.inv(field(q).to_dense()), 1e-8)
+    close(inverse.to_dense(), torch.linalg.inv(field(q).to_dense()), 1e-7)
     operator = field(p).inverse() @ (form + form.mT)
-    assert isinstance(carried(operator), geoad.Endomorphism)
-    close(carried(operator).trace(), operator.trace(), 1e-8)
-    close(carried(operator)(carried(u)).components, carried(operator(u)).components, 1e-8)
-    close(carried(torch.outer(u, w)).to_dense(), torch.outer(carried(u), carried(w)).to_dense(), 1e-8)
-    third = torch.einsum("i,j,k->ijk", u, w, v)
-    close(carried(third).to_dense(), torch.einsum("i,j,k->ijk", carried(u), carried(w), carried(v)).to_dense(), 1e-8)
+    moved = carried(operator)
+    assert isinstance(moved, geoad.Endomorphism)
+    close(moved.trace(), operator.trace(), 1e-7)
+    close(moved(moved_u).components, carried(operator(u)).components, 1e-7)
+    third = carried(torch.einsum("i,j,k->ijk", u, w, v))
+    close(third.to_dense(), torch.einsum("i,j,k->ijk", moved_u, moved_w, moved_v).to_dense(), 1e-7)
     volume = field(p).det().sqrt()
-    close(carried(volume).components, field(q).det().sqrt().components, 1e-10)
-    close(carried(volume.log()).components, field(q).det().sqrt().log().components, 1e-10)
-    for thing in (u, w, form, operator, third, volume):
-        there = carried(thing.to(psi))
+    close(carried(volume).components, field(q).det().sqrt().components)
+    close(carried(volume.log()).components, field(q).det().sqrt().log().components)
+
+
+@pytest.mark.parametrize("recipe", ["softplus", "affine", "coupling"])
+def test_transport_is_the_same_in_every_chart(recipe: str) -> None:
+    theta, psi, _ = pair(recipe)
+    field, curve = theta.metric_field(rough), curve_of(theta)
+    p = curve(torch.tensor(0.0))
+    u, w = theta.vector(torch.tensor([1.0, 0.0, 2.0]), at=p), theta.covector(torch.tensor([0.2, 0.1, -0.7]), at=p)
+    form = theta.form(torch.randn(3, 3), at=p)
+    for thing in (u, w, form, field(p), field(p).inverse() @ form, torch.einsum("i,j,k->ijk", u, w, w), field(p).det().sqrt()):
+        here = geoad.parallel_transport(field, curve, thing, steps=4)
+        there = geoad.parallel_transport(field, lambda s: curve(s).to(psi), thing.to(psi), steps=4)
         assert there.chart == psi
-        assert type(there) is type(thing)
-        close(there.to(theta).ravel(), carried(thing).ravel(), 1e-9)
+        assert type(there) is type(here) is type(thing)
+        close(there.to(theta).ravel(), here.ravel(), 1e-10)
+
+
+def test_without_the_matrix() -> None:
+    """Above 64 coordinates vectors and covectors are transported by products only: the same numbers."""
+    theta, out = geoad.Chart({"x": (70,)}, name="theta"), geoad.Chart({"y": (70,)}, name="out")
+    mix = torch.linalg.qr(torch.randn(70, 70)).Q
+    field = geoad.metrics.Pullback(lambda x: torch.sinh(mix @ x), geoad.metrics.Euclidean(out), chart=theta)
+    p, q = theta.point(0.3 * torch.randn(70)), theta.point(0.3 * torch.randn(70))
+    v, w = theta.vector(torch.randn(70), at=p), theta.covector(torch.randn(70), at=p)
+    moved_v, moved_w = (geoad.parallel_transport(field, [p, q], each, steps=3) for each in (v, w))
+    both = theta.vector(v.ravel().repeat(2, 1), at=p)  # a batch takes the other way
+    close(geoad.parallel_transport(field, [p, q], both, steps=3).ravel()[1], moved_v.ravel(), 1e-8)
+    both = theta.covector(w.ravel().repeat(2, 1), at=p)
+    close(geoad.parallel_transport(field, [p, q], both, steps=3).ravel()[1], moved_w.ravel(), 1e-8)
+    # the metric is flat: sinh(Q x) are its straight coordinates
+    fine = geoad.parallel_transport(field, [p, q], v, steps=16)
+    start, end = ((mix @ each.ravel()).cosh() for each in (p, q))
+    close(fine.ravel(), mix.mT @ ((mix @ v.ravel()) * start / end), 1e-5)
 
 
 def test_transport_and_back() -> None:
@@ -724,21 +758,29 @@ def test_order_of_transport() -> None:
     theta, _, _ = pair("softplus")
     field, curve = theta.metric_field(rough), curve_of(theta)
     v = theta.vector(torch.tensor([0.3, -1.0, 0.5]), at=curve(torch.tensor(0.0)))
-    exact = geoad.parallel_transport(field, curve, v, steps=128).components
+    exact = geoad.parallel_transport(field, curve, v, steps=64).components
     errors = [float((geoad.parallel_transport(field, curve, v, steps=n).components - exact).norm()) for n in (4, 8, 16)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert 3.6 < math.log2(coarse / fine) < 4.4
 
 
 def test_velocity_of_a_geodesic_is_parallel() -> None:
     chart = geoad.Chart({"x": (2,)})
     field = chart.metric_field(sphere)
-    p = chart.point(torch.tensor([1.1, 0.2]))
-    v = chart.vector(torch.tensor([0.4, 0.9]), at=p)
-    end, velocity = geoad.geodesic(field, p, v, steps=100, return_velocity=True)
-    carried = geoad.parallel_transport(field, lambda s: geoad.geodesic(field, p, v, s, steps=8), v, steps=8)
-    close(carried.components, velocity.components, 1e-3)
-    close(carried.at.components, end.components, 1e-4)
+    x, v = torch.tensor([1.1, 0.2]), torch.tensor([0.4, 0.9])
+    p = chart.point(x)
+    end, velocity = geoad.geodesic(field, p, chart.vector(v, at=p), return_velocity=True)
+    carried = geoad.parallel_transport(field, lambda s: chart.point(great_circle(x, v, s)), chart.vector(v, at=p))
+    close(carried.ravel(), velocity.ravel(), 1e-6)
+    close(carried.at.ravel(), end.ravel(), 1e-7)
+    # a geodesic is itself a curve that can be differentiated in its time
+    short = geoad.parallel_transport(
+        field,
+        lambda s: geoad.geodesic(field, p, chart.vector(v, at=p), s / 8, steps=2),
+        velocity.carry(to=p, chart=chart),
+        steps=2,
+    )
+    assert short.batch_shape == ()
 
 
 def test_flat_transport() -> None:
@@ -790,8 +832,8 @@ def test_axes_of_other_spaces_are_untouched() -> None:
         row = geoad.parallel_transport(field, [p, q], theta.covector(jacobian.data[i], at=p))
         close(carried.data[i], row.components)
     _, frame = geoad.eigh(theta.form(torch.eye(3), at=p), metric=field(p))
-    there = geoad.parallel_transport(field, [p, q], frame, steps=200)
-    close(torch.einsum("ia,ij,jb->ab", there.data, field(q).to_dense(), there.data), torch.eye(3), 1e-8)
+    there = geoad.parallel_transport(field, [p, q], frame, steps=64)
+    close(torch.einsum("ia,ij,jb->ab", there.data, field(q).to_dense(), there.data), torch.eye(3), 1e-6)
 
 
 def test_what_transport_refuses() -> None:
@@ -909,7 +951,7 @@ def test_leibniz_rule_and_third_derivative() -> None:
 
 
 def test_ricci_identity_on_the_sphere() -> None:
-    """[∇_k, ∇_l] ω_a = -R^b_{alk}... = K (g_{la} ω_k - g_{ka} ω_l) with K = 1."""
+    """∇_l∇_k ω_a - ∇_k∇_l ω_a = K (g_la ω_k - g_ka ω_l) with the curvature K = 1; the index of the outer derivative is last."""
     chart = geoad.Chart({"x": (2,)})
     field = chart.metric_field(sphere)
 
@@ -921,7 +963,7 @@ def test_ricci_identity_on_the_sphere() -> None:
     second = geoad.covariant_derivative(geoad.covariant_derivative(covector, field), field)(p).to_dense()  # [a, k, l]
     g, w = field(p).to_dense(), covector(p).ravel()
     curvature = torch.einsum("la,k->akl", g, w) - torch.einsum("ka,l->akl", g, w)
-    close(second - second.transpose(1, 2), -curvature, 1e-10)
+    close(second - second.transpose(1, 2), curvature, 1e-10)
 
 
 def test_functions_and_batches() -> None:
@@ -985,8 +1027,8 @@ def test_dict_charts() -> None:
     close(second.to_dense(), geoad.hessian(loss, field)(p.to(psi)).to_dense(), 1e-10)
     assert second.components["w"]["s"].shape == (2, 1)
     v = theta.vector(layout.unravel(torch.tensor([0.1, 0.2, -0.3])), at=p)
-    end = geoad.geodesic(field, p.to(psi), v.to(psi))
-    carried = geoad.parallel_transport(field, [p, end], v.to(psi))
+    end = geoad.geodesic(field, p.to(psi), v.to(psi), steps=8)
+    carried = geoad.parallel_transport(field, [p, end], v.to(psi), steps=16)
     assert carried.components["w"].shape == (2, 1)
     close(field(end).norm(carried), field(p).norm(v), 1e-7)
 

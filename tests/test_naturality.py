@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -704,7 +704,11 @@ def test_every_map(name: str, model: str, recipe: str) -> None:
     verify(name, world(model, recipe))
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+unshrunk = settings(suppress_health_check=[HealthCheck.too_slow], phases=[Phase.explicit, Phase.generate])
+"""An example takes a second, and to shrink one some minutes. Its seeds are in the report."""
+
+
+@unshrunk
 @given(data=st.data(), net=strategies.small_networks())
 def test_networks_in_random_charts(data: st.DataObject, net: SmallNetwork) -> None:
     """Compositions, inverses and maps for each block, and charts of charts."""
@@ -717,7 +721,7 @@ def test_networks_in_random_charts(data: st.DataObject, net: SmallNetwork) -> No
         verify(name, drawn)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@unshrunk
 @given(data=st.data(), theta=strategies.charts())
 def test_free_charts(data: st.DataObject, theta: Chart) -> None:
     """One or several blocks, also without axes and of length 1."""

@@ -170,7 +170,7 @@ class Point:
         view = self.token.views.get(key)
         if view is None and key in self.token.blocks:
             view = Point(key[0], self.token.blocks[key], self.token)
-        if view is not None and view.stamp not in (0, view.chart.stamp()):
+        if view is None or view.stamp not in (0, view.chart.stamp()) or _lost_gradients(self.blocks, view.blocks):
             return None
         return view
 
@@ -263,6 +263,15 @@ def _restore(chart: Chart, blocks: Blocks, views: list[tuple[Chart, Blocks]]) ->
     for other, theirs in views:
         token.blocks[(other, first(theirs).dtype, first(theirs).device)] = theirs
     return Point(chart, blocks, token)
+
+
+def _lost_gradients(here: Blocks, there: Blocks) -> bool:
+    """True if `there` was computed from `here` under no_grad or in inference mode, and its gradients are wanted now."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(block.requires_grad for block in here.values()) and not any(block.requires_grad for block in there.values()):
+        return True
+    return first(there).is_inference() and not first(here).is_inference()
 
 
 def same_point(p: Point, q: Point) -> bool:

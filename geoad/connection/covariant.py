@@ -69,7 +69,8 @@ def _forward_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int
         return torch.func.jvp(fn, (x,), (e,))[1]
 
     eye = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
-    return torch.func.vmap(column, out_dims=-1, chunk_size=chunk_size)(eye)
+    # not out_dims=-1: torch 2.13 gives nonsense for a negative axis if the output does not depend on the input
+    return torch.func.vmap(column, chunk_size=chunk_size)(eye).movedim(0, -1)
 
 
 def _connection_terms(symbols: Tensor, data: Tensor, axes: list[Axis], own: list[bool], weight: float) -> Tensor:

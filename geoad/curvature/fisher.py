@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from torch import Tensor
 from geoad.charts import Chart
 from geoad.curvature.likelihoods import Likelihood, likelihood_of
 from geoad.curvature.pullback import OutputCurvature, Part
-from geoad.data import Batches, batch_size, take
+from geoad.data import Batches, take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import sample_jacobian
-from geoad.module import GeoModule
-from geoad.params import Blocks
+from geoad.params import Blocks, is_wrapped
+
+if TYPE_CHECKING:
+    from geoad.module import GeoModule
 
 __all__ = ["Fisher"]
 
@@ -29,9 +31,11 @@ class Fisher(OutputCurvature):
     Args:
         geo: the network.
         data: (x, y), x alone as a tensor, a mapping, a list of batches or a ``DataLoader``; targets are ignored.
-        likelihood: "categorical" (logits), "gaussian" (mean, unit covariance), or a `Likelihood` such as ``Gaussian(covariance)``.
+        likelihood: "categorical" (logits), "gaussian" (mean, unit covariance), or a `Likelihood` such as
+            ``Gaussian(covariance)``.
         kind: "exact".
-        chart: where the numbers are computed; the exact Fisher is the same object for every choice. Default: the reference chart.
+        chart: where the numbers are computed; the exact Fisher is the same object for every choice. Default: the reference
+            chart.
         representation: "implicit" (matrix-free: one jvp and one vjp a product) or "dense".
         reduction: "mean" or "sum" over the samples. The mean goes with ``F.cross_entropy`` (factor 1) and with ``F.mse_loss``
             (its Hessian is 2/c times the Gaussian Fisher with unit covariance).
@@ -60,11 +64,16 @@ class Fisher(OutputCurvature):
         _require("kind", kind, ("exact",))
         _require("representation", representation, ("implicit", "dense"))
         _require("reduction", reduction, ("mean", "sum"))
+        if not callable(getattr(geo, "evaluate", None)):
+            raise GeometryError(
+                f"a Fisher matrix belongs to a network, found {type(geo).__name__}. Pass the geoad.GeoModule; bare networks "
+                "have no chart."
+            )
         super().__init__(chart or geo.reference, representation)
         if self.home.reference != geo.reference:
             raise GeometryError(
-                f"chart= must be a chart of the network's manifold, found '{self.home.name}'. Use geo.reference or a chart made from it by "
-                "reparametrize."
+                f"chart= must be a chart of the network's manifold, found '{self.home.name}'. Use geo.reference or a chart "
+                "made from it by reparametrize."
             )
         self.geo = geo
         self.batches = Batches(data)
@@ -77,18 +86,27 @@ class Fisher(OutputCurvature):
         return self.likelihood.fisher(outputs, t)
 
     def _outputs(self, theta: Blocks, inputs: Any) -> Tensor:
-        outputs: Tensor = self.geo.evaluate(theta, inputs)
+        outputs: Any = self.geo.evaluate(theta, inputs)
+        if not isinstance(outputs, Tensor):
+            raise GeometryError(
+                f"the likelihood needs the outputs as one tensor (n, ..., c), the network returned {type(outputs).__name__}. "
+                "Say which part parametrises the likelihood: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
+            )
         self.likelihood.check(outputs)
         return outputs
+
+    def inspect(self, outputs: Tensor, x: Blocks) -> None:
+        """Refuse outputs that are not finite, where values can be read."""
+        if not is_wrapped({"outputs": outputs}) and not bool(outputs.isfinite().all()):
+            raise GeometryError(_not_finite(outputs, x))
 
     def _weight(self) -> float:
         return 1 / self.batches.total if self.reduction == "mean" else 1.0
 
     def reference_parts(self) -> Iterable[Part]:
         weight = self._weight()
-        for inputs, _ in self.batches:
-            if batch_size(inputs):
-                yield weight, lambda theta, inputs=inputs: self._outputs(theta, inputs)
+        for _, inputs, _ in self.batches.sized():
+            yield weight, lambda theta, inputs=inputs: self._outputs(theta, inputs)
 
     def dense(self, x: Blocks) -> Tensor:
         layout, way = self.home.layout, self.way
@@ -98,12 +116,12 @@ class Fisher(OutputCurvature):
         def outputs(y: Blocks, inputs: Any) -> Tensor:
             return self._outputs(y if way is None else way(y), inputs)
 
-        for inputs, _ in self.batches:
-            size = batch_size(inputs)
+        for size, inputs, _ in self.batches.sized():
             start, step = 0, 1
             while start < size:
                 chunk = take(inputs, slice(start, start + step))
                 f, jacobian = sample_jacobian(outputs, layout, x, chunk)
+                self.inspect(f, x)
                 curved = torch.func.vmap(self.curvature, in_dims=(None, -1), out_dims=-1)(f, jacobian)
                 flat = (-1, layout.dim)
                 term = jacobian.reshape(flat).mT @ (weight * curved.reshape(flat))
@@ -115,9 +133,18 @@ class Fisher(OutputCurvature):
         return 0.5 * (total + total.mT)
 
 
+def _not_finite(outputs: Tensor, x: Blocks) -> str:
+    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
+    cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
+    return (
+        f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not finite "
+        f"({cause}). A Fisher matrix there would be nan throughout; mend the data or go back to a finite point."
+    )
+
+
 def _require(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise GeometryError(
-            f"{name}={value!r} is not offered for the Fisher matrix. Available: {list(known)}. Choose one of these; nothing is replaced by "
-            "an approximation in silence."
+            f"{name}={value!r} is not offered for the Fisher matrix. Available: {list(known)}. Choose one of these; nothing is "
+            "replaced by an approximation in silence."
         )

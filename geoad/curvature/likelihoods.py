@@ -1,4 +1,4 @@
-"""Likelihoods: what the network's outputs parametrise, and the curvature A(f) of the negative log-likelihood in output space."""
+"""Likelihoods: what the outputs of a network parametrise, and the curvature A(f) of -log p in output space."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Likelihood(ABC):
         """Raise if the outputs cannot be parameters of this family."""
         if outputs.ndim < 2:
             raise GeometryError(
-                f"the likelihood needs outputs of shape (n, ..., c), samples in front and parameters last, found {tuple(outputs.shape)}. "
-                "Give the network a batch axis and an output axis (.unsqueeze(-1) for one output)."
+                "the likelihood needs outputs of shape (n, ..., c), samples in front and parameters last, found "
+                f"{tuple(outputs.shape)}. Give the network a batch axis and an output axis (.unsqueeze(-1) for one output)."
             )
 
 
@@ -46,8 +46,8 @@ class Categorical(Likelihood):
         super().check(outputs)
         if outputs.shape[-1] < 2:
             raise GeometryError(
-                f"a categorical likelihood needs at least two logits, found outputs of shape {tuple(outputs.shape)}: the softmax of one logit "
-                "is 1 and its Fisher is zero. Use two outputs."
+                f"a categorical likelihood needs at least two logits, found outputs of shape {tuple(outputs.shape)}: the "
+                "softmax of one logit is 1 and its Fisher is zero. Use two outputs."
             )
 
 
@@ -57,7 +57,8 @@ class Gaussian(Likelihood):
     Args:
         covariance: a positive number (σ², the same for all outputs), the diagonal (c,), or the whole matrix (c, c). Default 1.
 
-    With σ² = 1 the negative log-likelihood of a sample is ½|y - f|² + const; ``F.mse_loss`` with reduction="mean" is 2/c times that.
+    With σ² = 1 the negative log-likelihood of a sample is ½|y - f|² + const; ``F.mse_loss`` with reduction="mean" is 2/c times
+    that.
     """
 
     def __init__(self, covariance: float | Tensor = 1.0) -> None:
@@ -69,7 +70,9 @@ class Gaussian(Likelihood):
         _, info = torch.linalg.cholesky_ex(self.covariance)
         symmetric = torch.allclose(self.covariance, self.covariance.mT)
         if int(info) or not symmetric:
-            raise SingularMetricError("the covariance matrix must be symmetric and positive definite. Check it, or add a multiple of I.")
+            raise SingularMetricError(
+                "the covariance matrix must be symmetric and positive definite. Check it, or add a multiple of I."
+            )
 
     def fisher(self, outputs: Tensor, t: Tensor) -> Tensor:
         covariance = self.covariance.to(device=t.device, dtype=t.dtype)
@@ -96,6 +99,6 @@ def likelihood_of(likelihood: Any) -> Likelihood:
     if likelihood in _NAMED:
         return _NAMED[likelihood]()
     raise GeometryError(
-        f"likelihood={likelihood!r} is not known. Use one of {sorted(_NAMED)}, or an instance such as geoad.curvature.Gaussian(covariance) "
-        "or your own geoad.curvature.Likelihood."
+        f"likelihood={likelihood!r} is not known. Use one of {sorted(_NAMED)}, or an instance such as "
+        "geoad.curvature.Gaussian(covariance) or your own geoad.curvature.Likelihood."
     )

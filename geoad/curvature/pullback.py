@@ -16,6 +16,10 @@ from geoad.params import Blocks, axpy, scale
 
 __all__ = ["OutputCurvature", "Part"]
 
+# torch annotates them for has_aux too
+_jvp: Any = torch.func.jvp
+_vjp: Any = torch.func.vjp
+
 Part = tuple[float, Callable[[Blocks], Tensor]]
 """(weight, outputs of one batch as a function of the blocks of the home chart)."""
 
@@ -42,6 +46,9 @@ class OutputCurvature(MetricField):
         """A(f) t."""
         raise NotImplementedError
 
+    def inspect(self, outputs: Tensor, x: Blocks) -> None:
+        """Hook: refuse outputs at the point `x` for which the curvature has no value."""
+
     def parts(self) -> Iterable[Part]:
         """(weight, outputs of a batch as a function of the blocks of ``home``)."""
         for weight, outputs in self.reference_parts():
@@ -51,7 +58,8 @@ class OutputCurvature(MetricField):
     def product(self, x: Blocks, v: Blocks) -> Blocks:
         total: Blocks | None = None
         for weight, outputs in self.parts():
-            f, velocity = torch.func.jvp(outputs, (x,), (v,))
+            f, velocity = _jvp(outputs, (x,), (v,))
+            self.inspect(f, x)
             pull: Any = torch.func.vjp(outputs, x)[1]
             term: Blocks = pull(weight * self.curvature(f, velocity))[0]
             total = term if total is None else axpy(1.0, total, term)
@@ -88,13 +96,11 @@ def _half_residual(field: OutputCurvature, x: Blocks, v: Blocks, w: Blocks) -> B
     """D_v [θ ↦ Jᵀ ½(A(f) c + A(f₀) c)] with c = J w frozen: w^k Γ_{k;ij} v^i for A of Hessian type."""
     total: Blocks | None = None
     for weight, outputs in field.parts():
-        f0, c = torch.func.jvp(outputs, (x,), (w,))
+        f0, c = _jvp(outputs, (x,), (w,))
         fixed = field.curvature(f0, c)
 
-        def covector(
-            y: Blocks, outputs: Callable[[Blocks], Tensor] = outputs, fixed: Tensor = fixed, c: Tensor = c
-        ) -> Blocks:
-            f, pull = torch.func.vjp(outputs, y)
+        def covector(y: Blocks, outputs: Callable[[Blocks], Tensor] = outputs, fixed: Tensor = fixed, c: Tensor = c) -> Blocks:
+            f, pull = _vjp(outputs, y)
             return pull(0.5 * (field.curvature(f, c) + fixed))[0]
 
         term: Blocks = torch.func.jvp(covector, (x,), (v,))[1]
@@ -130,15 +136,13 @@ def _(field: OutputCurvature, x: Blocks, u: Blocks, v: Blocks) -> Blocks:
     return total
 
 
-def _first_kind_part(
-    field: OutputCurvature, outputs: Callable[[Blocks], Tensor], x: Blocks, u: Blocks, v: Blocks
-) -> Blocks:
+def _first_kind_part(field: OutputCurvature, outputs: Callable[[Blocks], Tensor], x: Blocks, u: Blocks, v: Blocks) -> Blocks:
     """Jᵀ(A D²f(u, v) + ½ T(Ju, Jv)) with T the derivative of A along Ju."""
 
     def along_v(y: Blocks) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(outputs, (y,), (v,))
+        return _jvp(outputs, (y,), (v,))
 
-    (f, jv), (ju, acceleration) = torch.func.jvp(along_v, (x,), (u,))
+    (f, jv), (ju, acceleration) = _jvp(along_v, (x,), (u,))
     change = torch.func.jvp(lambda g: field.curvature(g, jv), (f,), (ju,))[1]
     pull: Any = torch.func.vjp(outputs, x)[1]
     return pull(field.curvature(f, acceleration) + 0.5 * change)[0]

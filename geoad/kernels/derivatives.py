@@ -77,8 +77,18 @@ def hessian_product(parts: Iterable[Part], x: Blocks, v: Blocks) -> Blocks:
     total: Blocks | None = None
     for coefficient, fn in parts:
         differential: Any = torch.func.grad(fn)
-        product: Blocks = torch.func.jvp(differential, (x,), (v,))[1]
+        try:
+            product: Blocks = torch.func.jvp(differential, (x,), (v,))[1]
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _NO_FORWARD_DERIVATIVE):
+                raise
+            pull: Any = torch.func.vjp(differential, x)[1]  # the same product, for ∇²f is symmetric
+            product = pull(v)[0]
         if coefficient != 1:
             product = scale(coefficient, product)
         total = product if total is None else axpy(1.0, total, product)
     return _require(total)
+
+
+_NO_FORWARD_DERIVATIVE = ("ZeroTensors are immutable", "forward AD", "forward-mode AD")
+"""What torch says where the backward of an operation has no (or, as that of F.mse_loss, a broken) forward derivative."""

@@ -1,8 +1,8 @@
 """Normalisation layers whose second derivatives are right.
 
-The fused ``layer_norm``, ``instance_norm`` and (in training mode) ``batch_norm`` of torch 2.13 treat the saved mean and variance
-as constants in some second derivatives and are wrong in silence by tens of percent: under jvp of jvp, and under any derivative of
-a ``vmap``-ped vjp, which includes ``torch.func.hessian`` and ``jacfwd(jacrev(f))`` (pytorch issue 196700 is the first of these).
+The fused ``layer_norm``, ``instance_norm`` and (in training mode) ``batch_norm`` of torch 2.13 treat the saved mean and
+variance as constants in some second derivatives and are wrong in silence by tens of percent: under jvp of jvp (pytorch issue
+196700), and under any derivative of a ``vmap``-ped vjp, which includes ``torch.func.hessian`` and ``jacfwd(jacrev(f))``.
 Under nested transforms geoad evaluates networks with the formulas of these layers instead.
 """
 
@@ -46,7 +46,7 @@ class SpelledOut(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if result is None else result
 
 
-def _normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     centred = x - x.mean(dims, keepdim=True)
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ __all__ = ["Coordinates"]
 
 
 @contextlib.contextmanager
-def _plain() -> Iterator[None]:
+def _plain() -> Generator[None]:
     """Numbers made here are ordinary tensors without a graph, whatever the caller's mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -131,7 +131,7 @@ class Coordinates:
     # -- evaluation ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Generator[None]:
         """Reference coordinates are in the slots meanwhile, put there by ``functional_call``."""
         self._evaluating += 1
         try:
@@ -146,9 +146,11 @@ class Coordinates:
             self.resume()
         return self.psi is None or self._evaluating > 0
 
-    @torch.compiler.disable
     def weights(self) -> dict[str, Tensor]:
-        """θ as a differentiable function of what sits in the slots."""
+        """θ as a differentiable function of what sits in the slots. ``torch.compile`` does not look inside."""
+        return cast("dict[str, Tensor]", _untraced(self))
+
+    def _weights(self) -> dict[str, Tensor]:
         assert self.psi is not None and self._way is not None
         found = cast(Blocks, self.slots.read())
         if any(found[name] is not parameter for name, parameter in self.psi.items()):
@@ -173,6 +175,10 @@ class Coordinates:
         """Make the coordinates of `chart` the parameters; their gradients move along. Raises before anything is changed."""
         if chart is self.chart:
             return
+        with _plain():
+            self._enter(chart)
+
+    def _enter(self, chart: Chart) -> None:
         live = self.live()
         here = self.point()
         point = here.to(chart)
@@ -180,28 +186,24 @@ class Coordinates:
         cotangents = self.cotangents()
         slopes = self._gradients(cotangents, theta, chart)
         flags = {name: p.requires_grad for name, p in live.items()}
-        with _plain():
-            self.guards.release()
-            self.chart = chart
-            self._forget()
-            if chart == self.reference:
-                self.psi = None
-            else:
-                self.psi = {name: _leaf(p, point.blocks[name], flags[name]) for name, p in live.items()}
-            for name, parameter in self.theta.items():
-                parameter.grad = None
-                parameter.requires_grad_(flags[name])
-                if self.psi is None:
-                    parameter.grad = cotangents[name]
-            self.slots.write(self.live_unchecked())
-            if self.psi is not None:
-                self._way = Transition(chart, self.reference)
-                self._remember(map_blocks(torch.clone, point.blocks))
-                for name, slope in slopes.items():
-                    self.psi[name].grad = None if slope is None else slope.clone()
-                    self._ledger.set(name, cotangents[name], slope)
-                self.guards.set()
-            self._last = point
+        self.guards.release()
+        self.chart = chart
+        self._forget()
+        self.psi = None
+        if chart != self.reference:
+            self.psi = {name: _leaf(p, point.blocks[name], flags[name]) for name, p in live.items()}
+        for name, parameter in self.theta.items():
+            parameter.requires_grad_(flags[name])
+            parameter.grad = cotangents[name] if self.psi is None else None
+        self.slots.write(self.live_unchecked())
+        if self.psi is not None:
+            self._way = Transition(chart, self.reference)
+            self._remember(map_blocks(torch.clone, point.blocks))
+            for name, slope in slopes.items():
+                self.psi[name].grad = None if slope is None else slope.clone()
+                self._ledger.set(name, cotangents[name], slope)
+            self.guards.set()
+        self._last = point
 
     def live_unchecked(self) -> dict[str, nn.Parameter]:
         """The leaves, without a look at the slots."""
@@ -310,7 +312,7 @@ class Coordinates:
         live = self.live()
         for chart in self.reference.descendants():
             if chart.parent is not None:
-                chart.parent.map._apply(fn)
+                chart.parent.map._apply(fn)  # pyright: ignore[reportPrivateUsage]
         self._last, self._graph = None, None
         self._ledger.clear()
         if self.psi is not None:
@@ -349,10 +351,17 @@ class Coordinates:
             self.guards.set()
 
 
+def _read_weights(coordinates: Coordinates) -> dict[str, Tensor]:
+    return coordinates._weights()  # pyright: ignore[reportPrivateUsage]
+
+
+_untraced: Any = torch.compiler.disable(_read_weights)
+
+
 def _leaf(like: nn.Parameter, block: Tensor, requires_grad: bool) -> nn.Parameter:
     """A parameter with the values of `block` and the attributes of `like`."""
     leaf = nn.Parameter(block.detach().clone(), requires_grad=requires_grad)
-    leaf.__dict__.update(like.__dict__)
+    vars(leaf).update(vars(like))
     return leaf
 
 

@@ -55,7 +55,7 @@ class Guards:
         if psi is None:
             return
         for owner, attribute, name in self.below.get(module, ()):
-            if owner._parameters.get(attribute) is psi[name]:
+            if vars(owner)["_parameters"].get(attribute) is psi[name]:
                 what = "the network" if module is self.net else f"a {type(module).__name__} of the network"
                 raise GeometryError(
                     f"{what} was called directly while its parameters are the coordinates of chart "

@@ -12,9 +12,8 @@ from geoad.charts import Chart, Point, Reparametrization
 from geoad.data import require_match, without_targets
 from geoad.errors import GeometryError
 from geoad.fields import ScalarField
-from geoad.kernels.norms import spelled_out
 from geoad.module.coordinates import Coordinates
-from geoad.module.slots import Selection, select
+from geoad.module.slots import Place, Selection, select
 from geoad.module.sources import LossSource, NetworkSource
 from geoad.module.state import KEY, Loading, note
 from geoad.params import Blocks
@@ -24,17 +23,6 @@ __all__ = ["GeoModule"]
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _SHARED_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
-
-
-class _Caller(nn.Module):
-    """Calls any function of the network, so that ``functional_call`` can put parameters under it."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return fn(self.net, *args, **kwargs)
 
 
 class GeoModule(nn.Module):
@@ -84,14 +72,12 @@ class GeoModule(nn.Module):
         own["training"] = net.training
         own["_version"] = net._version
         own["_wrapped"] = net
-        own["_caller"] = (_Caller(net),)  # in a tuple: not a child
         own["_forward_fn"] = forward
         own["_coordinates"] = Coordinates(net, chosen)
         own["_loading"] = None
         self.register_load_state_dict_post_hook(_finish_loading)
 
     _wrapped: nn.Module
-    _caller: tuple[_Caller]
     _forward_fn: Callable[[nn.Module, Any], Any] | None
     _coordinates: Coordinates
     _loading: Loading | None
@@ -173,7 +159,7 @@ class GeoModule(nn.Module):
         """``net(*args, **kwargs)``, whatever the chart."""
         if self._coordinates.plain:
             return self._wrapped(*args, **kwargs)
-        return torch.func.functional_call(self._wrapped, self._coordinates.weights(), args, kwargs)
+        return self._coordinates.slots.call(self._coordinates.weights(), self._wrapped, *args, **kwargs)
 
     def evaluate(self, theta: Blocks, inputs: Any) -> Any:
         """The outputs on a batch of inputs, as a plain function of the reference coordinates (for kernels).
@@ -194,11 +180,13 @@ class GeoModule(nn.Module):
 
     def apply_network(self, theta: Blocks, fn: Callable[..., Any], *args: Any) -> Any:
         """fn(net, *args) with the reference coordinates `theta` in the network."""
-        named = {f"net.{name}": block for name, block in theta.items()}
-        if any(module.training for module in self._wrapped.modules()):
-            named.update({f"net.{name}": buffer.clone() for name, buffer in self._wrapped.named_buffers()})
-        with self._coordinates.evaluating(), spelled_out():
-            return torch.func.functional_call(self._caller[0], named, (fn, *args))
+        buffers: list[Place] = []
+        for module in self._wrapped.modules():
+            if module.training:
+                held = vars(module)["_buffers"]
+                buffers += [(held, name, value.clone()) for name, value in held.items() if value is not None]
+        with self._coordinates.evaluating():
+            return self._coordinates.slots.call(theta, fn, self._wrapped, *args, buffers=buffers)
 
     def loss(self, loss_fn: Callable[..., Tensor], data: Any, reduction: str = "mean") -> ScalarField:
         """The loss over a data set as a `ScalarField`.
@@ -251,10 +239,10 @@ class GeoModule(nn.Module):
         if told is not None:
             destination[prefix + KEY] = told
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         self._loading = Loading(self._coordinates)
         self._loading.begin(state_dict, prefix)
-        self._wrapped._load_from_state_dict(state_dict, prefix, *args)
+        self._wrapped._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _finish_loading(self, incompatible_keys: Any) -> None:
         if self._loading is not None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch import Tensor, nn
 
 from geoad.errors import GeometryError, UnsupportedModuleError
 
-__all__ = ["Selection", "Slots", "matching", "select"]
+__all__ = ["Place", "Selection", "Slots", "matching", "select"]
 
 Selection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+Place = tuple[dict[str, Any], str, Any]
+"""(registry, attribute, value): an entry of the parameters or buffers of a module."""
 
 
 def matching(patterns: str | Iterable[str], aliases: dict[str, list[str]], what: str) -> list[str]:
@@ -56,7 +59,7 @@ def select(net: nn.Module, params: Selection) -> dict[str, nn.Parameter]:
             "those with requires_grad=True are taken. Set requires_grad, or pass params=."
         )
     for name, parameter in chosen.items():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, nn.UninitializedParameter):
             raise UnsupportedModuleError(
                 f"parameter '{name}' has no shape yet: it belongs to a lazy module. Coordinates need a shape; run the network "
                 "once on a batch, then wrap it."
@@ -80,6 +83,11 @@ def _aliases(net: nn.Module, chosen: dict[str, nn.Parameter]) -> dict[str, list[
     return found
 
 
+def _registry(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters by attribute; ``functional_call`` puts other tensors there."""
+    return module._parameters  # pyright: ignore[reportPrivateUsage]
+
+
 class Slots:
     """Every place (module, attribute) where each selected parameter sits, shared parameters included."""
 
@@ -88,7 +96,7 @@ class Slots:
         self.places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in chosen}
         self.aliases = _aliases(net, chosen)
         for module in net.modules():
-            for attribute, parameter in module._parameters.items():
+            for attribute, parameter in _registry(module).items():
                 name = names.get(id(parameter))
                 if name is not None:
                     self.places[name].append((module, attribute))
@@ -96,7 +104,7 @@ class Slots:
     def read(self) -> dict[str, Any]:
         """What sits in the slots now (in the first one of a shared parameter)."""
         try:
-            return {name: places[0][0]._parameters[places[0][1]] for name, places in self.places.items()}
+            return {name: _registry(places[0][0])[places[0][1]] for name, places in self.places.items()}
         except KeyError as error:
             raise GeometryError(
                 f"the parameter {error} was removed from its module after the network was wrapped (a parametrization does "
@@ -108,15 +116,33 @@ class Slots:
         """The parameters in the slots, if they still are parameters of the right shapes, tied as before."""
         found = self.read()
         for name, places in self.places.items():
-            if any(module._parameters.get(attribute) is not found[name] for module, attribute in places):
+            if any(_registry(module).get(attribute) is not found[name] for module, attribute in places):
                 raise GeometryError(
                     f"the shared parameter '{name}' was replaced under one of its names {self.aliases[name]} only. It is one "
                     "coordinate block; replace it everywhere, or wrap the network anew."
                 )
         return found
 
+    def call(
+        self, values: Mapping[str, Tensor], fn: Callable[..., Any], *args: Any, buffers: Sequence[Place] = (), **kwargs: Any
+    ) -> Any:
+        """fn(*args, **kwargs) with other tensors in all slots, and in some buffers.
+
+        In place of ``torch.func.functional_call``, which leaves its tensors behind in modules that are used twice.
+        """
+        places = [(_registry(m), attribute, values[name]) for name, where in self.places.items() for m, attribute in where]
+        taken: list[Place] = []
+        try:
+            for registry, attribute, value in (*places, *buffers):
+                taken.append((registry, attribute, registry[attribute]))
+                registry[attribute] = value
+            return fn(*args, **kwargs)
+        finally:
+            for registry, attribute, value in taken:
+                registry[attribute] = value
+
     def write(self, parameters: dict[str, nn.Parameter]) -> None:
         """Put parameters into all their slots."""
         for name, parameter in parameters.items():
             for module, attribute in self.places[name]:
-                module._parameters[attribute] = parameter
+                _registry(module)[attribute] = parameter

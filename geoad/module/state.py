@@ -89,7 +89,7 @@ class Loading:
     def _theta(self, told: Any) -> Blocks:
         try:
             theta: Blocks = dict(told["theta"])
-            told["chart"], told["name"]
+            str(told["chart"])
         except (TypeError, KeyError) as error:
             raise GeometryError(
                 f"the state dict has an entry '{KEY}' that geoad did not write (found {type(told).__name__}). It should say in "

@@ -165,11 +165,11 @@ def _added(a: LinearOperator, b: LinearOperator) -> Tensor:
     """The sum of two stored matrices; a diagonal is added in place of a copy."""
     if isinstance(a, (Multiple, Diagonal)):
         a, b = b, a
-    matrix = to_dense(a)
+    matrix = a.matrix if isinstance(a, Dense) else to_dense(a)
     if isinstance(b, (Multiple, Diagonal)) and matrix.ndim == 2:
         diagonal = b.layout.ravel(_diagonal(b)).to(matrix.dtype)
         return matrix + torch.diag_embed(diagonal)
-    return matrix + to_dense(b)
+    return matrix + (b.matrix if isinstance(b, Dense) else to_dense(b))
 
 
 def _diagonal(operator: Multiple | Diagonal) -> Blocks:

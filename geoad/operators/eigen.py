@@ -9,37 +9,43 @@ from torch import Tensor
 
 from geoad.errors import GeometryError
 from geoad.operators.algebra import require_small, to_dense
-from geoad.operators.base import Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
+from geoad.operators.base import Dense, Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
 from geoad.operators.solve import Inverse, densify, scaled_cholesky, solve
 from geoad.params import Blocks, axpy, dot, is_wrapped, scale
 
 __all__ = ["eigh", "eigvals", "lanczos", "order", "trace"]
 
 
-@singledispatch
 def trace(operator: LinearOperator) -> Tensor:
     """Σ_i A_ii."""
+    if isinstance(operator, Dense):  # not by dispatch, which torch.compile does not trace
+        return operator.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return _trace(operator)
+
+
+@singledispatch
+def _trace(operator: LinearOperator) -> Tensor:
     require_small(operator, "the trace")
     return to_dense(operator).diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-@trace.register
+@_trace.register
 def _(operator: Diagonal) -> Tensor:
     return operator.layout.ravel(operator.entries).sum(-1)
 
 
-@trace.register
+@_trace.register
 def _(operator: Multiple) -> Tensor:
     return operator.dim * operator.factor
 
 
-@trace.register
+@_trace.register
 def _(operator: Sum) -> Tensor:
     parts = [factor * trace(term) for factor, term in operator.terms]
     return torch.stack([torch.as_tensor(part) for part in parts]).sum(0)
 
 
-@trace.register
+@_trace.register
 def _(operator: Transpose) -> Tensor:
     return trace(operator.operator)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -188,8 +189,24 @@ def _factorise(operator: Dense, positive: bool) -> tuple[str, Any]:
 
 
 def _noise(matrix: Tensor) -> float:
-    """Pivots of an equilibrated matrix below this are rounding noise."""
+    """Singular values of an equilibrated matrix below this are rounding noise: entries off by eps give a norm of 2 √d eps."""
     return 4 * math.sqrt(matrix.shape[-1]) * torch.finfo(matrix.dtype).eps
+
+
+def _smallest_singular_value(solve_twice: Callable[[Tensor], Tensor], pivots: Tensor) -> Tensor:
+    """By inverse iteration, from above; `solve_twice` applies (AᵀA)⁻¹ to columns, `pivots` tell where to start.
+
+    The smallest pivot alone is no measure: it may be far larger than the smallest singular value.
+    """
+    steps = torch.arange(pivots.shape[-1], dtype=pivots.dtype, device=pivots.device)
+    x = torch.nn.functional.one_hot(pivots.argmin(-1), pivots.shape[-1]) + 0.1 * torch.cos(steps)
+    x = (x / x.norm(dim=-1, keepdim=True)).unsqueeze(-1)
+    growth = x.new_ones(())
+    for _ in range(4):
+        x = solve_twice(x)
+        growth = x.norm(dim=-2, keepdim=True)
+        x = x / growth
+    return growth.squeeze(-1).squeeze(-1).rsqrt()
 
 
 def scaled_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,11 +223,13 @@ def scaled_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     size = diagonal.sqrt()
     lower, info = torch.linalg.cholesky_ex(matrix / size.unsqueeze(-1) / size.unsqueeze(-2))
     if not wrapped:
-        pivot = float(lower.detach().diagonal(dim1=-2, dim2=-1).min()) ** 2
         if bool((info != 0).any()):
             raise SingularMetricError(_NOT_POSITIVE.format(what="metric", detail=" (its Cholesky factorisation fails)"))
-        if pivot <= _noise(matrix):
-            detail = f" to working precision (smallest relative pivot {pivot:.2g})"
+        factor = lower.detach()
+        twice: Callable[[Tensor], Tensor] = lambda b: torch.cholesky_solve(torch.cholesky_solve(b, factor), factor)  # noqa: E731
+        least = float(_smallest_singular_value(twice, factor.diagonal(dim1=-2, dim2=-1)).min())
+        if not least > _noise(matrix):
+            detail = f" to working precision (smallest relative eigenvalue {least:.2g})"
             raise SingularMetricError(_NOT_POSITIVE.format(what="metric", detail=detail))
     return size, lower
 
@@ -227,10 +246,16 @@ def _nonzero(size: Tensor) -> Tensor:
     return torch.where(size > 0, size, torch.ones_like(size))
 
 
-def _singular(matrix: Tensor, lu: Tensor) -> Tensor:
-    """Which LU factors have a pivot that is rounding noise."""
-    diagonal = lu.detach().diagonal(dim1=-2, dim2=-1).abs()
-    return diagonal.amin(-1) <= _noise(matrix) * diagonal.amax(-1)
+def _singular(lu: Tensor, pivots: Tensor) -> Tensor:
+    """Which LU factors (of an equilibrated matrix) are singular to working precision."""
+    lu = lu.detach()
+    diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
+
+    def twice(b: Tensor) -> Tensor:
+        return torch.linalg.lu_solve(lu, pivots, torch.linalg.lu_solve(lu, pivots, b, adjoint=True))
+
+    least = _smallest_singular_value(twice, diagonal)
+    return (diagonal.amin(-1) == 0) | ~(least > _noise(lu))
 
 
 def _lu(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,10 +264,9 @@ def _lu(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _require_finite(matrix)
     rows, columns, lu, pivots = _equilibrated_lu(matrix)
     if not wrapped:
-        if bool(_singular(matrix, lu).any()):
-            diagonal = lu.detach().diagonal(dim1=-2, dim2=-1).abs()
+        if bool(_singular(lu, pivots).any()):
             raise SingularMetricError(
-                f"the operator is singular to working precision (smallest LU pivot {float(diagonal.min()):.2g}), so the "
+                "the operator is singular to working precision (some direction is mapped to rounding noise), so the "
                 "equation has no unique solution. Add a multiple of a metric: B + lam * G, or damping=lam."
             )
     return rows, columns, lu, pivots
@@ -351,9 +375,9 @@ def _symmetric_slogdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _general_slogdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
     _require_finite(matrix)
-    rows, columns, lu, _ = _equilibrated_lu(matrix.detach())
+    rows, columns, lu, pivots = _equilibrated_lu(matrix.detach())
     result: Any = torch.linalg.slogdet(matrix / rows.unsqueeze(-1) / columns.unsqueeze(-2))
-    singular = _singular(matrix, lu)
+    singular = _singular(lu, pivots)
     sign = torch.where(singular, torch.zeros_like(result.sign), result.sign)
     logabsdet = result.logabsdet + rows.log().sum(-1) + columns.log().sum(-1)
     return sign, torch.where(singular, torch.full_like(logabsdet, -torch.inf), logabsdet)

@@ -83,7 +83,7 @@ class Invariant(Optimizer):
     # -- the step --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimizer on θ; then ψ = φ(θ).
 
         Raises:

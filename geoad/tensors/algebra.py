@@ -43,6 +43,8 @@ def subtract(a: Any, b: Any) -> Any:
 
 
 def _sum(a: Any, b: Any, sign: float) -> Any:
+    if isinstance(a, Rank2) and type(a) is type(b) and a.at is b.at and a.ups == b.ups:
+        return _sum_rank2(a, b, sign)
     if isinstance(a, (Density, LogDensity)) or isinstance(b, (Density, LogDensity)):
         return _sum_densities(a, b, sign)
     if not isinstance(a, TypedTensor) or not isinstance(b, TypedTensor):
@@ -87,7 +89,7 @@ def _same_axes(a: TypedTensor, b: TypedTensor) -> bool:
 
 def _sum_rank2(a: Rank2, b: Rank2, sign: float) -> Any:
     home, x, y = common_home(a, b)
-    if len(a.batch_shape) != len(b.batch_shape) and a.at.batch_shape:
+    if a.at.batch_shape and len(a.batch_shape) != len(b.batch_shape):
         return _sum_batches(a, b, sign)
     positive = isinstance(a, Metric) and isinstance(b, Metric) and sign > 0
     definite = positive and (x.definite or y.definite)

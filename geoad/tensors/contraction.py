@@ -105,7 +105,7 @@ def contract(operands: list[Any], indices: list[list[str]], output: list[str]) -
     arrays, uses = _arrays(operands, indices)
     for letter, axes in uses.items():
         _check_index(letter, axes, letter in output, operands, indices)
-    data = _broadcast_einsum(arrays, indices, output, max((len(at.batch_shape) for at in points), default=0))
+    data = _broadcast_einsum(arrays, indices, output, max([0] + [len(at.batch_shape) for at in points]))
     kept = [next((axis for axis in uses.get(letter, ()) if axis is not None), None) for letter in output]
     leading = [axis is None for axis in kept]
     if leading != sorted(leading, reverse=True):

@@ -139,7 +139,7 @@ on(torch.permute)(_permute)
 @on(torch.inverse, torch.linalg.inv)
 def _inverse(tensor: Any) -> Any:
     if isinstance(tensor, (Rank2, GeoTensor)) and len(tensor.axes) == 2:
-        return tensor.inverse()
+        return tensor.inverse()  # pyright: ignore[reportAttributeAccessIssue]
     raise VarianceError(f"only tensors with two indices have an inverse, found {describe(tensor)}. For G⁻¹ω use G.sharp(w).")
 
 
@@ -151,7 +151,7 @@ def _solve(a: Any, x: Any) -> Any:
             "chart.vector(x, at=p)."
         )
     if isinstance(a, Rank2) and isinstance(x, Rank1):
-        return a.solve(x)
+        return a.solve(x)  # pyright: ignore[reportAttributeAccessIssue]
     if len(a.axes) != 2 or not x.axes or x.axes[0].up != a.axes[0].up or x.axes[0].chart != a.axes[0].chart:
         raise VarianceError(
             f"cannot solve A x = b: the first index of A ({describe(a)}) must have the type of the right-hand side, found "
@@ -163,7 +163,7 @@ def _solve(a: Any, x: Any) -> Any:
 @on(torch.trace)
 def _trace(tensor: Any) -> Any:
     if isinstance(tensor, Rank2):
-        return tensor.trace()
+        return tensor.trace()  # pyright: ignore[reportAttributeAccessIssue]
     if len(tensor.axes) != 2:
         raise VarianceError(f"the trace is for tensors with two indices, found {describe(tensor)}. Use torch.einsum.")
     return contraction.contract([tensor], [["i", "i"]], [])
@@ -259,12 +259,12 @@ def _ordering(relation: Callable[..., Tensor], mirror: Callable[..., Tensor]) ->
 
 
 for _relation, _mirror, _method in (
-    (torch.lt, torch.gt, torch.Tensor.__lt__),
-    (torch.gt, torch.lt, torch.Tensor.__gt__),
-    (torch.le, torch.ge, torch.Tensor.__le__),
-    (torch.ge, torch.le, torch.Tensor.__ge__),
-    (torch.eq, torch.eq, torch.Tensor.__eq__),
-    (torch.ne, torch.ne, torch.Tensor.__ne__),
+    (torch.lt, torch.gt, torch.Tensor.lt),
+    (torch.gt, torch.lt, torch.Tensor.gt),
+    (torch.le, torch.ge, torch.Tensor.le),
+    (torch.ge, torch.le, torch.Tensor.ge),
+    (torch.eq, torch.eq, torch.Tensor.eq),
+    (torch.ne, torch.ne, torch.Tensor.ne),
 ):
-    on(_relation, _method)(_ordering(_relation, _mirror))
+    on(_relation, _method, getattr(torch.Tensor, f"__{_relation.__name__}__"))(_ordering(_relation, _mirror))
 HANDLERS["eq"] = HANDLERS[torch.eq]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -109,12 +109,14 @@ class Methods:
     def __ge__(self, other: Any) -> Any:
         return HANDLERS[torch.ge](self, other)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        cls = type(self).__name__
-        if name.startswith("__") or not hasattr(torch.Tensor, name):
-            raise AttributeError(f"'{cls}' object has no attribute '{name}'")
-        hint = _HINTS.get(name, "It has no law under a change of chart.")
-        raise UntypedAttributeError(
-            f"torch.Tensor.{name} is not defined for a {cls}: its result would depend on the chart. {hint} The plain numbers are in "
-            ".components (or .ravel(), .to_dense())."
-        )
+    if not TYPE_CHECKING:  # a type checker should report unknown attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            cls = type(self).__name__
+            if name.startswith("__") or not hasattr(torch.Tensor, name):
+                raise AttributeError(f"'{cls}' object has no attribute '{name}'")
+            hint = _HINTS.get(name, "It has no law under a change of chart.")
+            raise UntypedAttributeError(
+                f"torch.Tensor.{name} is not defined for a {cls}: its result would depend on the chart. {hint} The plain numbers are in "
+                ".components (or .ravel(), .to_dense())."
+            )

@@ -95,6 +95,9 @@ class Rank1(TypedTensor):
             )
         return HANDLERS["pair"](self, other)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.chart, self.blocks, self.at)
+
 
 class Vector(Rank1):
     """A tangent vector: a velocity, a step, a Riemannian gradient. Type (1,0); moves by J v.
@@ -203,9 +206,3 @@ for _cls in (Vector, Covector):
     makers[_cls.__name__.lower()] = _maker(_cls)
     register_pytree(_cls, _flatten, _unflatten(_cls))
 
-
-def _reduce(self: Rank1) -> tuple[Any, ...]:
-    return type(self), (self.chart, self.blocks, self.at)
-
-
-Rank1.__reduce__ = _reduce  # type: ignore[method-assign]

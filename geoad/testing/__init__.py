@@ -35,3 +35,7 @@ def __getattr__(name: str) -> Any:
     if name == "strategies":
         return importlib.import_module("geoad.testing.strategies")
     raise AttributeError(f"module 'geoad.testing' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -203,7 +203,8 @@ class DiffeomorphismConformance(ABC):
     # -- helpers ---------------------------------------------------------------------------------------------------------
 
     def _bound(self) -> Diffeomorphism:
-        return bind(self.make(), Layout(self.layout)).requires_grad_(False)
+        recipe, layout = self.make(), Layout(self.layout)
+        return (recipe.bind(layout) if recipe.joint else bind(recipe, layout)).requires_grad_(False)
 
     def _points(self) -> list[Blocks]:
         return [self.point(seed) for seed in range(3)]

@@ -65,16 +65,17 @@ def assert_invariant(
     AssertionError: the result depends on the chart...
     """
 
-    def plain(result: Any, chart: Chart) -> Any:
-        for where, leaf in leaves(result):
-            if isinstance(leaf, (TypedTensor, Point)) or hasattr(leaf, "chart"):
+    def plain(result: Any) -> dict[str, Any]:
+        found = dict(leaves(result))
+        for where, leaf in found.items():
+            if _is_typed(leaf):
                 raise GeometryError(
                     f"assert_invariant compares numbers, but the function returned {describe(leaf)}{_at(where)}. Its "
                     "components differ between charts by the law of its type, as they should. Use "
                     "geoad.testing.assert_equivariant, or return an invariant of it: a pairing, a norm with respect "
                     "to a metric, the trace of an endomorphism."
                 )
-        return result
+        return found
 
     _compare(fn, geo, charts, rtol, atol, seed, plain, "the result depends on the chart")
 
@@ -110,17 +111,23 @@ def assert_equivariant(
     _compare(fn, geo, charts, rtol, atol, seed, _at_reference, "the result is not the same object in every chart")
 
 
-def _at_reference(result: Any, chart: Chart) -> Any:
+def _is_typed(leaf: Any) -> bool:
+    """True for points, typed tensors and Christoffel symbols; fields have a chart, but live at no point."""
+    return isinstance(leaf, (Point, TypedTensor)) or (hasattr(leaf, "chart") and hasattr(leaf, "at"))
+
+
+def _at_reference(result: Any) -> dict[str, Any]:
     """The plain numbers of a result after moving it to the reference chart."""
     moved: dict[str, Any] = {}
     for where, leaf in leaves(result):
         if isinstance(leaf, GeoModule):
             leaf = leaf.point()
-        if isinstance(leaf, (Point, TypedTensor)) or (hasattr(leaf, "to_dense") and hasattr(leaf, "at")):
+        if _is_typed(leaf):
             thing = cast(Any, leaf)
             home = thing.to(thing.chart.reference)
             numbers = home.ravel() if isinstance(leaf, Point) else home.to_dense()
-            moved[where] = (type(leaf).__name__, numbers)
+            moved[f"{where} (its class)"] = type(leaf).__name__
+            moved[where] = numbers
             if not isinstance(leaf, Point):
                 moved[f"{where}.at"] = home.at.ravel()
         else:
@@ -138,14 +145,14 @@ def _compare(
     rtol: float,
     atol: float,
     seed: int,
-    normalise: Callable[[Any, Chart], Any],
+    normalise: Callable[[Any], dict[str, Any]],
     headline: str,
 ) -> None:
     start, views = _views(geo, charts, seed)
-    expected = dict(leaves(_evaluate(fn, start, start.reference, "the reference chart", seed, normalise)))
+    expected = _evaluate(fn, start, start.reference, "the reference chart", seed, normalise)
     wrong: dict[str, str] = {}
     for name, chart in views.items():
-        found = dict(leaves(_evaluate(fn, start, chart, f"chart '{name}'", seed, normalise)))
+        found = _evaluate(fn, start, chart, f"chart '{name}'", seed, normalise)
         problem = _first_problem(expected, found, name, rtol, atol)
         if problem is not None:
             wrong[name] = problem
@@ -184,12 +191,12 @@ def _evaluate(
     chart: Chart,
     where: str,
     seed: int,
-    normalise: Callable[[Any, Chart], Any],
-) -> Any:
+    normalise: Callable[[Any], dict[str, Any]],
+) -> dict[str, Any]:
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
             torch.manual_seed(seed)
-            return normalise(fn(start.at(chart)), chart)
+            return normalise(fn(start.at(chart)))
     except Exception as error:
         error.add_note(f"(raised while geoad.testing evaluated the function in {where})")
         raise

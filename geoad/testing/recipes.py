@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,7 +61,8 @@ RECIPES: dict[str, Maker] = {
 """Every map of `geoad.maps`, in forms that are defined at the points of `generic_blocks`."""
 
 
-def applicable(layout: Layout) -> list[str]:
+@functools.lru_cache(maxsize=256)
+def applicable(layout: Layout) -> tuple[str, ...]:
     """The names in `RECIPES` that can be bound to these blocks (`Rescale` needs a pair of layers, `Coupling` two numbers)."""
     found: list[str] = []
     for name, make in RECIPES.items():
@@ -69,7 +71,7 @@ def applicable(layout: Layout) -> list[str]:
         except GeometryError:
             continue
         found.append(name)
-    return found
+    return tuple(found)
 
 
 def generic_blocks(layout: Layout, seed: int, batch: Sequence[int] = (), dtype: torch.dtype = torch.float64) -> Blocks:
