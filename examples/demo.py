@@ -510,6 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a smaller network on fewer digits: a few seconds")
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
+    torch.set_num_threads(1)  # the matrices are small; more threads cost time where cores are shared
     trained = train(QUICK if options.quick else Setting())
     print(*trained.story, sep="\n", end="\n\n")
 
@@ -517,10 +518,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = compare(trained, charts)
     print(table(rows, charts), end="\n\n")
     rates = ", ".join(f"{name} {rate:g}" for name, rate in STEPS.items())
-    print(f"λ = {trained.setting.damping:g}; rates of the steps: {rates}. A naive Newton step does not notice a linear")
-    print(
-        "change of coordinates such as 2θ, but every other. Geoad's points were made anew from the coordinates in each chart.\n"
-    )
+    print(f"λ = {trained.setting.damping:g}; rates of the steps: {rates}.")
+    print("A naive Newton step does not notice a linear change of coordinates such as 2θ, but every other change.")
+    print("The points of the geoad columns were made anew from the coordinates in each chart.\n")
     print("The four charts against each other:")
     print(*map(verdict, rows), sep="\n", end="\n\n")
 

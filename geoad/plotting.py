@@ -99,7 +99,8 @@ def contours(
     cmap = style.pop("cmap", "Greys")
     if fill:
         ax.contourf(*arrays, levels=levels, cmap=cmap, alpha=0.45, extend="max")
-    ax.contour(*arrays, levels=levels, **{"colors": "0.6", "linewidths": 0.6, **style})
+    lines: dict[str, Any] = {"colors": "0.6", "linewidths": 0.6, **style}
+    ax.contour(*arrays, levels=levels, **lines)
     ax.set_xlim(*xlim)
     ax.set_ylim(*ylim)
     return ax

@@ -31,6 +31,14 @@ class Sequences(nn.Module):
         return self.head(torch.tanh(h.cumsum(1)))
 
 
+class Pair(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
 class Keyed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +219,7 @@ def test_refusals() -> None:
         with pytest.raises(GeometryError, match="at least two logits"):
             value(X, Categorical(), geoad.GeoModule(nn.Linear(4, 1)))
         with pytest.raises(GeometryError, match="as one tensor"):
-            value(X, Categorical(), geoad.GeoModule(nn.LSTM(4, 2)))
+            value(X, Categorical(), geoad.GeoModule(Pair()))
         broken = geoad.GeoModule(make())
         broken.wrapped[0].weight.data[0, 0] = float("nan")
         with pytest.raises(GeometryError, match=r"parameters \['0\.weight'\]"):

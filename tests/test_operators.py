@@ -114,7 +114,10 @@ def test_batches_broadcast() -> None:
     close(solution, torch.linalg.solve(stacked, rhs.unsqueeze(-1)).squeeze(-1))
     close(LAYOUT.ravel(ops.solve(op, LAYOUT.unravel(rhs[0]))), torch.stack([torch.linalg.solve(m, rhs[0]) for m in stacked]))
     general = ops.Dense(LAYOUT, torch.stack([A, A + SPD]))
-    close(LAYOUT.ravel(ops.solve(general, LAYOUT.unravel(rhs[0]))), torch.stack([torch.linalg.solve(m, rhs[0]) for m in general.matrix]))  # fmt: skip
+    close(
+        LAYOUT.ravel(ops.solve(general, LAYOUT.unravel(rhs[0]))),
+        torch.stack([torch.linalg.solve(m, rhs[0]) for m in general.matrix]),
+    )
     close(ops.eigvals(op, 2), torch.linalg.eigvalsh(stacked).flip(-1)[:, :2])
     values, vectors = ops.eigh(op, ops.Dense(LAYOUT, SPD, definite=True), 3)
     close(values, torch.tensor([1.0, 2.0, 3.0]).double()[:, None].expand(3, 3))
@@ -128,7 +131,7 @@ def test_batches_broadcast() -> None:
     close(ops.slogdet(many)[1], torch.tensor([0.0, D * math.log(2.0)]).double())
 
 
-# -- singular and badly scaled -------------------------------------------------------------------------------------------------
+# -- singular and badly scaled -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -208,7 +211,7 @@ def test_gradients_of_invariants() -> None:
         close(slope + slope.mT, want + want.mT, 1e-8)
 
 
-# -- conjugate gradients and Lanczos ----------------------------------------------------------------------------------------------
+# -- conjugate gradients and Lanczos -------------------------------------------------------------------------------------
 
 
 def test_conjugate_gradients() -> None:
@@ -303,7 +306,7 @@ def test_single_precision_operators() -> None:
     close(x.double(), torch.linalg.solve(SPD, torch.ones(D).double()), 1e-4)
 
 
-# -- what is not made behind one's back ---------------------------------------------------------------------------------------------
+# -- what is not made behind one's back ----------------------------------------------------------------------------------
 
 
 def test_large_operators_refuse_without_allocating() -> None:
@@ -318,7 +321,13 @@ def test_large_operators_refuse_without_allocating() -> None:
         for call in (lambda t=thing: t.components, lambda t=thing: torch.einsum("ij,k->ijk", t, w)):
             with pytest.raises(GeometryError, match=r"\.to_dense\(\) if you have the memory"):
                 call()
-    for call in (endomorphism.trace, hessian.logdet, hessian.cholesky, lambda: hessian.to(torch.float32), endomorphism.eigenvalues):
+    for call in (
+        endomorphism.trace,
+        hessian.logdet,
+        hessian.cholesky,
+        lambda: hessian.to(torch.float32),
+        endomorphism.eigenvalues,
+    ):
         with pytest.raises(GeometryError, match=r"\.to_dense\(\) if you have the memory"):
             call()
     with pytest.raises(SingularMetricError, match="Euclidean"):

@@ -80,10 +80,10 @@ def parallel_transport(metric: FormField | None, curve: Curve, tensor: T, *, ste
         )
     goal = end.to(tensor.chart)
     if connection.flat:
-        return tensor.carry(to=goal, chart=home)
+        return cast(Any, tensor).carry(to=goal, chart=home)
     here = tensor.to(home)
     if isinstance(here, (Density, LogDensity)):
-        return _density(connection, here, end).to(tensor.chart)  # pyright: ignore
+        return cast(Any, _density(connection, here, end)).to(tensor.chart)
     data = here.ravel() if isinstance(here, Rank1) else as_general(here).data
     equation = _equation(connection, here, len(start.batch_shape))
     count = _steps(steps, len(pieces))

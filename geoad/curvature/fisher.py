@@ -47,7 +47,7 @@ class Fisher(OutputCurvature):
     >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
     >>> F = geoad.curvature.Fisher(geo, torch.randn(5, 2), "categorical")
     >>> F(geo.point())
-    Metric('theta', dim=9, curvatureoperator, torch.float32, cpu)
+    Metric('theta', dim=9, curvatureoperator, float32, cpu)
     """
 
     def __init__(

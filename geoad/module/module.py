@@ -12,6 +12,7 @@ from geoad.charts import Chart, Point, Reparametrization
 from geoad.data import require_match, without_targets
 from geoad.errors import GeometryError
 from geoad.fields import ScalarField
+from geoad.kernels.norms import spelled_out
 from geoad.module.coordinates import Coordinates
 from geoad.module.slots import Place, Selection, select
 from geoad.module.sources import LossSource, NetworkSource
@@ -185,7 +186,7 @@ class GeoModule(nn.Module):
             if module.training:
                 held = vars(module)["_buffers"]
                 buffers += [(held, name, value.clone()) for name, value in held.items() if value is not None]
-        with self._coordinates.evaluating():
+        with self._coordinates.evaluating(), spelled_out():  # the norms of torch have wrong second derivatives
             return self._coordinates.slots.call(theta, fn, self._wrapped, *args, buffers=buffers)
 
     def loss(self, loss_fn: Callable[..., Tensor], data: Any, reduction: str = "mean") -> ScalarField:

@@ -196,10 +196,8 @@ def lanczos(
     """The first k eigenpairs of B u = λ G u: Lanczos for G⁻¹B in the G inner product, fully reorthogonalised.
 
     One Krylov space holds a single vector of each eigenspace. So after convergence the iteration is started again in the
-    complement of what was found, until nothing there belongs to the first k: multiple eigenvalues come out as often as they occur.
-
-    Args:
-        tol: residuals relative to the largest |λ| at which a pair counts as converged. Default: 1e-12, more in lower precision.
+    complement of what was found, until nothing there belongs to the first k: multiple eigenvalues come out as often as they
+    occur. A pair counts as converged when its residual is below `tol` times the largest |λ| (1e-12, more in lower precision).
     """
     layout = b.layout
     tol = max(1e-12, 10 * torch.finfo(b.like.dtype).eps) if tol is None else tol

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from geoad.params import Blocks, axpy, dot, is_wrapped, map_blocks, scale
 
 __all__ = ["CG", "Inverse", "densify", "inverse", "scaled_cholesky", "slogdet", "solve"]
 
-_log = logging.getLogger("geoad")
 
 _NOT_POSITIVE = (
-    "the {what} is not positive definite{detail}, so it has no inverse that could turn a differential into a vector. Fisher and "
-    "GGN matrices are semidefinite as a rule. Add damping, which here means a multiple of the reference metric and moves along: "
+    "the {what} is not positive definite{detail}, so it has no inverse that could turn a differential into a vector. "
+    "Fisher and "
+    "GGN matrices are semidefinite as a rule. Add damping, which here means a multiple of the reference metric and moves "
+    "along: "
     "field + lam * geoad.metrics.Euclidean(theta), or G.solve(w, damping=lam)."
 )
 
@@ -64,7 +64,8 @@ class CG:
             direction = axpy(rho / old, direction, residual)
         raise SingularMetricError(
             f"conjugate gradients did not reach {self.tol:g} in {limit} steps (relative residual "
-            f"{math.sqrt(float(rho.detach()) / float(target.detach())):.2g}). The operator is close to singular; increase the damping, or pass "
+            f"{math.sqrt(float(rho.detach()) / float(target.detach())):.2g}). The operator is close to singular; increase "
+            "the damping, or pass "
             "method=geoad.operators.CG(tol=..., max_iter=...)."
         )
 
@@ -72,9 +73,8 @@ class CG:
 def solve(operator: LinearOperator, b: Blocks, *, positive: bool = False, method: CG | None = None) -> Blocks:
     """x with A x = b; batch axes of b and of a stored A broadcast.
 
-    Args:
-        positive: A must be symmetric positive definite; raise `SingularMetricError` otherwise.
-        method: iterate instead of factorising.
+    With `positive`, A must be symmetric positive definite: `SingularMetricError` otherwise. With a `method` it is iterated
+    instead of factorised.
     """
     if method is not None:
         return _each(method, operator, b)
@@ -179,10 +179,8 @@ def _factorise(operator: Dense, positive: bool) -> tuple[str, Any]:
         return known
     matrix = operator.matrix
     wrapped = is_wrapped({"": matrix})
-    if positive or operator.definite:
-        found = ("cholesky", scaled_cholesky(matrix))
-    else:
-        found = ("lu", _lu(matrix, wrapped))
+    definite = positive or operator.definite
+    found = ("cholesky", scaled_cholesky(matrix)) if definite else ("lu", _lu(matrix, wrapped))
     if not wrapped and not matrix.requires_grad:
         operator.factor = found
     return found
@@ -263,12 +261,11 @@ def _lu(matrix: Tensor, wrapped: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not wrapped:
         _require_finite(matrix)
     rows, columns, lu, pivots = _equilibrated_lu(matrix)
-    if not wrapped:
-        if bool(_singular(lu, pivots).any()):
-            raise SingularMetricError(
-                "the operator is singular to working precision (some direction is mapped to rounding noise), so the "
-                "equation has no unique solution. Add a multiple of a metric: B + lam * G, or damping=lam."
-            )
+    if not wrapped and bool(_singular(lu, pivots).any()):
+        raise SingularMetricError(
+            "the operator is singular to working precision (some direction is mapped to rounding noise), so the "
+            "equation has no unique solution. Add a multiple of a metric: B + lam * G, or damping=lam."
+        )
     return rows, columns, lu, pivots
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from geoad import operators as ops
+from geoad.charts import Point
 from geoad.errors import VarianceError
 from geoad.params import add as add_blocks
 from geoad.params import insert_axes, is_wrapped, map_blocks, scale
@@ -116,6 +117,8 @@ def _not_addable(a: Any, b: Any) -> str:
     kinds = {type(a).__name__, type(b).__name__}
     if kinds == {"Vector", "Covector"}:
         return first + "Convert one: metric.sharp(covector) is a vector, metric.flat(vector) a covector."
+    if isinstance(a, Point) or isinstance(b, Point):
+        return first + "Move a point with p.retract(v, t), along a vector: metric.sharp(covector) makes one of a differential."
     plain = [each for each in (a, b) if not isinstance(each, TypedTensor)]
     if plain:
         return first + (

@@ -206,7 +206,8 @@ class TypedTensor(Methods):
 
     def __bool__(self) -> NoReturn:
         raise VarianceError(
-            f"the truth value of a {describe(self)} has no meaning in all charts at once. Compare invariants (norms, pairings), "
+            f"the truth value of a {describe(self)} has no meaning in all charts at once. Compare invariants (norms, "
+            "pairings), "
             "or numbers from .components."
         )
 
@@ -283,7 +284,8 @@ def require_same_place(a: TypedTensor, b: TypedTensor, operation: str) -> None:
             else "Their charts belong to different manifolds, so no map relates them; build both from the same reference chart."
         )
         raise ChartMismatchError(
-            f"cannot {operation}: {describe(a)} and {describe(b)}. Components in different charts are different numbers for the "
+            f"cannot {operation}: {describe(a)} and {describe(b)}. Components in different charts are different numbers "
+            "for the "
             f"same object. {remedy}"
         )
     if not same_point(a.at, b.at):

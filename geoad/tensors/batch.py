@@ -37,7 +37,8 @@ def _stack(tensors: Any, dim: int = 0) -> Any:
     points, batch = len(first.at.batch_shape), len(first.batch_shape)
     if not points <= dim <= batch:
         raise VarianceError(
-            f"typed objects stack along batch axes, behind those of the base point: dim={points} to {batch}, got dim={dim}. Pass dim={points}."
+            f"typed objects stack along batch axes, behind those of the base point: dim={points} to {batch}, got "
+            f"dim={dim}. Pass dim={points}."
         )
     if isinstance(first, Rank1):
         blocks = {name: torch.stack([each.blocks[name] for each in tensors], dim) for name in first.blocks}
@@ -75,7 +76,8 @@ def _over_batch(name: str, function: Callable[..., Tensor]) -> Callable[..., Any
             )
         if any(d < points for d in dims):
             raise BasePointError(
-                f"torch.{name} of a {describe(tensor)} over axis {min(dims)}, along which the base point varies: tangent spaces at different "
+                f"torch.{name} of a {describe(tensor)} over axis {min(dims)}, along which the base point varies: tangent "
+                "spaces at different "
                 "points are different spaces. Carry the elements to one point first: T.carry(to=p, chart=reference)."
             )
         return _batchwise(tensor, lambda block: function(block, dim=dims, keepdim=keepdim))
@@ -114,7 +116,8 @@ def _getitem(tensor: Any, index: Any) -> Any:
         return _batchwise(tensor, lambda block: block[index])
     if any(part is None for part in plain):
         raise BasePointError(
-            f"a new axis in front of the batch of base points of a {describe(tensor)} would tear objects and points apart. Stack further "
+            f"a new axis in front of the batch of base points of a {describe(tensor)} would tear objects and points "
+            "apart. Stack further "
             f"batch axes behind them: torch.stack([...], dim={points})."
         )
     if isinstance(tensor, Rank2) and not isinstance(tensor.op, (ops.Dense, ops.Diagonal)):

@@ -82,7 +82,8 @@ def einsum(equation: Any, *operands: Any) -> Any:
     terms, output = _parse(equation)
     if len(terms) != len(operands):
         raise GeometryError(
-            f"einsum '{equation}' names {len(terms)} operands, got {len(operands)}. Write one group of letters for each operand."
+            f"einsum '{equation}' names {len(terms)} operands, got {len(operands)}. Write one group of letters for each "
+            "operand."
         )
     return contract(list(operands), terms, output)
 
@@ -181,8 +182,10 @@ def _base_points(operands: list[Any]) -> list[Point]:
             if at.chart.reference == other.chart.reference:
                 if not same_point(at.to(other.chart), other):
                     raise BasePointError(
-                        f"cannot contract: {describe(operand)} lives at another point than the other operands. Tangent spaces at different "
-                        "points are different spaces. Say how to identify them: T.carry(to=p, chart=reference), or geoad.parallel_transport."
+                        f"cannot contract: {describe(operand)} lives at another point than the other operands. Tangent "
+                        "spaces at different "
+                        "points are different spaces. Say how to identify them: T.carry(to=p, chart=reference), or "
+                        "geoad.parallel_transport."
                     )
                 break
         if all(at.chart != other.chart for other in points):
@@ -206,22 +209,26 @@ def _check_index(letter: str, axes: list[Axis | None], kept: bool, operands: lis
     if kept:
         if len(typed) != 1:
             raise VarianceError(
-                f"{where} is kept but occurs {len(typed)} times: an elementwise product or a diagonal depends on the chart. Sum "
+                f"{where} is kept but occurs {len(typed)} times: an elementwise product or a diagonal depends on the "
+                "chart. Sum "
                 "over it, give the axes different letters, or use .components."
             )
         return
     if len(typed) != 2:
         raise VarianceError(
-            f"{where} is summed but occurs {len(typed)} times: summing a single typed axis depends on the chart. Contract it with "
+            f"{where} is summed but occurs {len(typed)} times: summing a single typed axis depends on the chart. Contract "
+            "it with "
             "an axis of the opposite variance, or use .components."
         )
     if typed[0].chart != typed[1].chart:
         raise ChartMismatchError(
-            f"{where} joins the axes {typed[0]} and {typed[1]} of different charts or spaces. A sum over both has no meaning; move one "
+            f"{where} joins the axes {typed[0]} and {typed[1]} of different charts or spaces. A sum over both has no "
+            "meaning; move one "
             "operand with .to(chart)."
         )
     raise VarianceError(
-        f"{where} joins two {'upper' if typed[0].up else 'lower'} axes, {typed[0]} and {typed[1]}: their sum depends on the chart. "
+        f"{where} joins two {'upper' if typed[0].up else 'lower'} axes, {typed[0]} and {typed[1]}: their sum depends on "
+        "the chart. "
         "Insert a metric? For vectors einsum('i,ij,j->', u, G, v); for covectors use G.inverse()."
     )
 

@@ -105,7 +105,8 @@ class _Weighted(TypedTensor):
         if self.is_plain:
             return float(self.value)
         raise VarianceError(
-            f"float() of a {type(self).__name__} of weight {self.weight:g}: its number depends on the chart. Only weight 0 is a "
+            f"float() of a {type(self).__name__} of weight {self.weight:g}: its number depends on the chart. Only weight "
+            "0 is a "
             "plain number: divide by a density of the same weight (a volume form, det G), or take .components."
         )
 
@@ -120,7 +121,8 @@ class _Weighted(TypedTensor):
         if self.is_plain or (isinstance(self, Density) and is_scalar(other) and float(other) == 0):
             return relation(self.value, other)
         raise VarianceError(
-            f"cannot compare {describe(self)} with {describe(other)}: numbers of different weights change by different factors, so "
+            f"cannot compare {describe(self)} with {describe(other)}: numbers of different weights change by different "
+            "factors, so "
             "the order depends on the chart. Divide by a density that evens out the weights, or compare .components."
         )
 
@@ -131,8 +133,10 @@ class _Weighted(TypedTensor):
         dims = [d % self.value.ndim if self.value.ndim else d for d in dims]
         if any(d < own for d in dims):
             raise BasePointError(
-                f"cannot combine a {describe(self)} over axes along which the base point varies: densities at different points live in "
-                "different spaces. Divide by a density of the same weight first, or carry them to one point: T.carry(to=p, chart=reference)."
+                f"cannot combine a {describe(self)} over axes along which the base point varies: densities at different "
+                "points live in "
+                "different spaces. Divide by a density of the same weight first, or carry them to one point: "
+                "T.carry(to=p, chart=reference)."
             )
         return dims
 
@@ -157,8 +161,8 @@ class Density(_Weighted):
     √det G and probability densities have weight 1, the determinant of a (0,2) tensor has weight 2. Products add weights,
     quotients subtract them, powers scale them; what has weight 0 is a plain scalar.
 
-    The determinant of a two-point tensor is a density in two spaces: |det ∂ψ/∂θ| has weight 1 in θ and -1 in ψ. Its product with
-    a density of the other space is the pulled-back density: ``J.det() * rho`` for `rho` of weight 1 in ψ.
+    The determinant of a two-point tensor is a density in two spaces: |det ∂ψ/∂θ| has weight 1 in θ and -1 in ψ. Its product
+    with a density of the other space is the pulled-back density: ``J.det() * rho`` for `rho` of weight 1 in ψ.
 
     >>> import torch, geoad
     >>> x = geoad.Chart({"x": (2,)}, name="x")
@@ -288,7 +292,8 @@ def _scalar(thing: Any, density: _Weighted, what: str) -> Scalar:
     if isinstance(thing, Tensor) and thing.shape == density.batch_shape:
         return thing
     raise VarianceError(
-        f"cannot {what} {describe(density)} and {describe(thing)}: the rule is for densities at the same point and for numbers. Take "
+        f"cannot {what} {describe(density)} and {describe(thing)}: the rule is for densities at the same point and for "
+        "numbers. Take "
         ".components if you mean the numbers."
     )
 

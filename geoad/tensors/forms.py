@@ -88,7 +88,8 @@ class _Bilinear(Rank2):
     def _no_metric(self, what: str) -> VarianceError:
         kind = "(2,0)" if self.ups[0] else "(0,2)"
         return VarianceError(
-            f"{what} of a {describe(self)}, a {kind} tensor: with respect to which metric? The number depends on the chart unless "
+            f"{what} of a {describe(self)}, a {kind} tensor: with respect to which metric? The number depends on the "
+            "chart unless "
             f"a metric turns it into an endomorphism first. Say G.trace(B), geoad.eigh(B, metric=G), or "
             "(G.inverse() @ B).trace() / .eigenvalues() / .det()."
         )
@@ -183,7 +184,8 @@ class Cometric(_Bilinear):
         """ω with C ω = v."""
         if getattr(v, "type", None) != (1, 0):
             raise VarianceError(
-                f"cannot solve with {describe(self)} for {describe(v)}: C ω = v has a vector on the right. For a covector use C.mv(w)."
+                f"cannot solve with {describe(self)} for {describe(v)}: C ω = v has a vector on the right. For a covector "
+                "use C.mv(w)."
             )
         return self.inverse().mv(v)
 
@@ -240,7 +242,8 @@ class _Mixed(Rank2):
         if not isinstance(v, Rank1) or v.up != self.ups[0]:
             kind, other = ("Vector", "covector") if self.ups[0] else ("Covector", "vector")
             raise VarianceError(
-                f"cannot solve with {describe(self)} for {describe(v)}: E x = v has a {kind} on both sides. Use metric.sharp or "
+                f"cannot solve with {describe(self)} for {describe(v)}: E x = v has a {kind} on both sides. Use "
+                "metric.sharp or "
                 f"metric.flat on a {other} first."
             )
         require_same_place(self, v, "solve")
@@ -285,17 +288,21 @@ def as_operator(chart: Chart, components: Any, what: str, *, definite: bool = Fa
     layout = chart.layout
     if isinstance(components, TypedTensor):
         raise VarianceError(
-            f"the components of {what} must be plain numbers, found {describe(components)}. To reinterpret the numbers pass T.components."
+            f"the components of {what} must be plain numbers, found {describe(components)}. To reinterpret the numbers "
+            "pass T.components."
         )
     if isinstance(components, LinearOperator):
         if components.layout != layout:
             raise GeometryError(
-                f"{what} in chart '{chart.name}' was given an operator on other blocks: {components.layout}, the chart has {layout}. "
+                f"{what} in chart '{chart.name}' was given an operator on other blocks: {components.layout}, the chart "
+                f"has {layout}. "
                 "Build the operator on chart.layout."
             )
         return components
     if isinstance(components, dict):
-        rows = [torch.cat([_cell(components, r, c, layout[r].numel(), layout[c].numel(), what) for c in layout], -1) for r in layout]  # fmt: skip
+        sizes = {name: shape.numel() for name, shape in layout.items()}
+        cells = {r: [_cell(components, r, c, sizes[r], sizes[c], what) for c in sizes] for r in sizes}
+        rows = [torch.cat(row, -1) for row in cells.values()]
         matrix = torch.cat(rows, -2)
     else:
         matrix = torch.as_tensor(components)
@@ -309,7 +316,8 @@ def as_operator(chart: Chart, components: Any, what: str, *, definite: bool = Fa
             matrix = matrix.reshape(*matrix.shape[: matrix.ndim - 2 * len(square)], layout.dim, layout.dim)
     if matrix.ndim < 2 or matrix.shape[-2:] != (layout.dim, layout.dim):
         raise GeometryError(
-            f"{what} in chart '{chart.name}' needs a ({layout.dim}, {layout.dim}) matrix, found shape {tuple(matrix.shape)}. Rows and "
+            f"{what} in chart '{chart.name}' needs a ({layout.dim}, {layout.dim}) matrix, found shape "
+            f"{tuple(matrix.shape)}. Rows and "
             f"columns run over the blocks {list(layout.names)} in this order; nested dicts [row][column] work as well."
         )
     if not matrix.is_floating_point():
@@ -323,7 +331,8 @@ def _cell(nested: dict[str, Any], row: str, column: str, height: int, width: int
         return nested[row][column].reshape(height, width)
     except (KeyError, RuntimeError) as error:
         raise GeometryError(
-            f"{what}: the entry [{row!r}][{column!r}] is missing or has the wrong shape (wanted {height} × {width} numbers). Give "
+            f"{what}: the entry [{row!r}][{column!r}] is missing or has the wrong shape (wanted {height} × {width} "
+            "numbers). Give "
             "nested dicts [row][column] with an entry for each pair of blocks."
         ) from error
 
@@ -337,7 +346,8 @@ def _make_metric(chart: Chart, components: Any, *, at: Any) -> Metric:
     op = as_operator(chart, components, "a Metric")
     if not op.symmetric and not is_wrapped({"": op.like}):
         raise GeometryError(
-            f"a metric in chart '{chart.name}' must be symmetric, found a matrix that is not. An inner product does not depend on "
+            f"a metric in chart '{chart.name}' must be symmetric, found a matrix that is not. An inner product does not "
+            "depend on "
             "the order of its arguments; symmetrise it, 0.5 * (M + M.mT), or make a form: chart.form(m, at=p)."
         )
     if not is_wrapped({"": op.like}):

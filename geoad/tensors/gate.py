@@ -84,7 +84,8 @@ def _tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Any:
     pairs = (list(range(n - dims, n)), list(range(dims))) if isinstance(dims, int) else (list(dims[0]), list(dims[1]))
     if len(pairs[0]) != len(pairs[1]) or len(pairs[0]) > min(n, m) or any(not -n <= i < n for i in pairs[0]):
         raise VarianceError(
-            f"torch.tensordot over dims={dims} does not fit {describe(a)} ({n} indices) and {describe(b)} ({m} indices): dims count the "
+            f"torch.tensordot over dims={dims} does not fit {describe(a)} ({n} indices) and {describe(b)} ({m} indices): "
+            "dims count the "
             "typed axes only. Pass dims=([axes of the first], [axes of the second])."
         )
     left = [chr(ord("a") + i) for i in range(n)]
@@ -103,7 +104,8 @@ def _transpose(tensor: Any, dim0: int = -2, dim1: int = -1) -> Any:
     i, j = ((d - batch if d >= 0 else d + n) for d in (dim0, dim1))
     if min(i, j) < 0 or max(i, j) >= n:
         raise VarianceError(
-            f"a transpose exchanges two typed axes; dims {dim0} and {dim1} of {describe(tensor)} ({batch} batch axes, {n} typed) are not "
+            f"a transpose exchanges two typed axes; dims {dim0} and {dim1} of {describe(tensor)} ({batch} batch axes, {n} "
+            "typed) are not "
             "two of them. Use .mT, negative dims, or .components."
         )
     if isinstance(tensor, Rank2):
@@ -119,7 +121,8 @@ def _permute(tensor: Any, *dims: Any) -> Any:
     n = len(tensor.axes)
     if sorted(i % max(n, 1) for i in order) != list(range(n)):
         raise VarianceError(
-            f"the permutation {tuple(order)} does not fit the {n} typed axes of {describe(tensor)}: batch axes stay in front. Pass each of "
+            f"the permutation {tuple(order)} does not fit the {n} typed axes of {describe(tensor)}: batch axes stay in "
+            "front. Pass each of "
             f"0 to {n - 1} once, or use .components."
         )
     order = [i % n for i in order]
@@ -203,7 +206,8 @@ def _eig(tensor: Any) -> Any:
 def _cholesky(tensor: Any, *, upper: bool = False) -> Any:
     if not isinstance(tensor, (Form, Cometric)):
         raise VarianceError(
-            f"a Cholesky factor belongs to a symmetric (0,2) or (2,0) tensor, found {describe(tensor)}. For an endomorphism E use the form "
+            f"a Cholesky factor belongs to a symmetric (0,2) or (2,0) tensor, found {describe(tensor)}. For an "
+            "endomorphism E use the form "
             "G @ E."
         )
     factor = tensor.cholesky()
@@ -234,7 +238,8 @@ def _pow(tensor: Any, exponent: Any) -> Any:
         if isinstance(exponent, (int, float)):
             return tensor.power(float(exponent))
         raise VarianceError(
-            f"the exponent of a density must be a number, found {describe(exponent)}: the weight scales with it, so it must be known. "
+            f"the exponent of a density must be a number, found {describe(exponent)}: the weight scales with it, so it "
+            "must be known. "
             "Pass a float."
         )
     return refuse(torch.pow, (tensor,))

@@ -82,12 +82,14 @@ class GeoTensor(TypedTensor):
             self.chart.reference != chart.reference
         ):
             raise ChartMismatchError(
-                f"cannot move {describe(self)} to chart '{chart.name}': none of its axes [{', '.join(map(str, self._axes))}] belongs "
+                f"cannot move {describe(self)} to chart '{chart.name}': none of its axes "
+                f"[{', '.join(map(str, self._axes))}] belongs "
                 "to that manifold. Only axes of the target chart's own manifold move."
             )
         if self.chart.reference != chart.reference:
             raise BasePointError(
-                f"cannot move the axes of {describe(self)} that belong to the space of chart '{chart.name}': the base point there "
+                f"cannot move the axes of {describe(self)} that belong to the space of chart '{chart.name}': the base "
+                "point there "
                 "is not known. Contract them, or move the components yourself."
             )
         ups = [axis.up if axis.chart == self.chart else None for axis in self._axes]
@@ -123,7 +125,8 @@ class GeoTensor(TypedTensor):
     def _square(self, what: str) -> tuple[Axis, Axis]:
         if len(self._axes) != 2 or self._axes[0].size != self._axes[1].size:
             raise VarianceError(
-                f"{what} is for tensors with two indices of the same length, found {self!r}. For the Jacobian J of a map between spaces of "
+                f"{what} is for tensors with two indices of the same length, found {self!r}. For the Jacobian J of a map "
+                "between spaces of "
                 "different dimension use J.mT @ G @ J with a metric G of the target."
             )
         return self._axes[0], self._axes[1]

@@ -117,6 +117,7 @@ class Methods:
                 raise AttributeError(f"'{cls}' object has no attribute '{name}'")
             hint = _HINTS.get(name, "It has no law under a change of chart.")
             raise UntypedAttributeError(
-                f"torch.Tensor.{name} is not defined for a {cls}: its result would depend on the chart. {hint} The plain numbers are in "
+                f"torch.Tensor.{name} is not defined for a {cls}: its result would depend on the chart. {hint} The plain "
+                "numbers are in "
                 ".components (or .ravel(), .to_dense())."
             )

@@ -39,7 +39,8 @@ def evaluate(form: Rank2, u: Rank1, v: Rank1) -> Tensor:
         if not isinstance(argument, Rank1) or argument.up != wanted:  # pyright: ignore[reportUnnecessaryIsInstance]
             kind = "Vectors" if wanted else "Covectors"
             raise VarianceError(
-                f"a {describe(form)} takes two {kind}, found {describe(argument)}. Its indices contract with the opposite variance "
+                f"a {describe(form)} takes two {kind}, found {describe(argument)}. Its indices contract with the opposite "
+                "variance "
                 "only; convert the argument with metric.sharp(covector) or metric.flat(vector)."
             )
     return pair(form.mv(v), u)

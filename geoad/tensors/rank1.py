@@ -133,7 +133,8 @@ def require_at(chart: Chart, at: Any, what: str) -> Point:
     """The base point in `chart`, or an error if none was given."""
     if not isinstance(at, Point):
         raise BasePointError(
-            f"{what} needs its base point: at= must be a Point, found {type(at).__name__}. Without it the object cannot be moved, "
+            f"{what} needs its base point: at= must be a Point, found {type(at).__name__}. Without it the object cannot "
+            "be moved, "
             "for the Jacobian of a change of chart is taken there. Pass at=chart.point(x) or at=geo.point()."
         )
     if at.chart.reference != chart.reference:
@@ -167,8 +168,10 @@ def _over_points(chart: Chart, blocks: Blocks, at: Point, what: str) -> Blocks:
         return {name: block.expand((*points, *block.shape)) for name, block in blocks.items()}
     if batch[: len(points)] != points:
         raise BasePointError(
-            f"{what} of batch shape {tuple(batch)} was given base points of batch shape {tuple(points)}: it is not clear which object "
-            "lives at which point. The batch axes of the points come first, further ones behind; reshape the components, or pass a "
+            f"{what} of batch shape {tuple(batch)} was given base points of batch shape {tuple(points)}: it is not clear "
+            "which object "
+            "lives at which point. The batch axes of the points come first, further ones behind; reshape the components, "
+            "or pass a "
             "single point."
         )
     return blocks
@@ -205,4 +208,3 @@ def _unflatten(cls: type[Rank1]) -> Callable[[Any, Any], Rank1]:
 for _cls in (Vector, Covector):
     makers[_cls.__name__.lower()] = _maker(_cls)
     register_pytree(_cls, _flatten, _unflatten(_cls))
-

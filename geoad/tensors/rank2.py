@@ -203,7 +203,8 @@ def _require_picklable(tensor: Rank2) -> None:
         pickle.dumps(tensor.op)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise GeometryError(
-            f"cannot pickle {describe(tensor)}: it is matrix-free and holds on to functions that cannot be pickled ({error}). Store "
+            f"cannot pickle {describe(tensor)}: it is matrix-free and holds on to functions that cannot be pickled "
+            f"({error}). Store "
             "its matrix first: T.materialise()."
         ) from error
 

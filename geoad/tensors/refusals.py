@@ -35,8 +35,9 @@ _REMEDIES = {
     "eq": "To compare two objects of one type use torch.allclose(v, w) or torch.equal(v, w).",
     "ne": "To compare two objects of one type use torch.allclose(v, w) or torch.equal(v, w).",
     **dict.fromkeys(
-        ("sub_", "add_", "isub", "iadd", "copy_", "add", "sub"),
-        "Plain numbers have no chart: move a point with p.retract(v, t), or step the parameters with geoad.optim.",
+        ("sub", "add", "isub", "iadd", "copy", "lerp", "addcmul", "addcdiv"),
+        "Parameters and other plain numbers have no chart: move a point with p.retract(v, t), or step the parameters with "
+        "geoad.optim.",
     ),
 }
 
@@ -47,9 +48,11 @@ def refuse(func: Any, args: Any) -> Any:
     if name == "get":  # an attribute of torch.Tensor that is asked for through the gate
         name = str(getattr(func, "__self__", func))
     found = next((describe(arg) for arg in args if isinstance(arg, TypedTensor)), "a typed object")
-    remedy = _REMEDIES.get(name, "It has no law under a change of chart.")
+    short = name.removeprefix("linalg_")
+    remedy = _REMEDIES.get(short, "It has no law under a change of chart.")
     raise VarianceError(
-        f"torch.{name} is not defined for {found}: its result would depend on the chart. {remedy} The plain numbers are in "
+        f"torch.{'linalg.' if short != name else ''}{short} is not defined for {found}: its result would depend on the "
+        f"chart. {remedy} The plain numbers are in "
         ".components (or .ravel(), .to_dense())."
     )
 

@@ -1,7 +1,7 @@
 """Saving points and typed objects as plain tensors, which ``torch.load(weights_only=True)`` reads back.
 
-A state is a dict of tensors, numbers, strings and lists. It names charts by uid, name and layout; reading it back needs a chart of
-the manifold, for a change of coordinates is code and is not stored with the numbers.
+A state is a dict of tensors, numbers, strings and lists. It names charts by uid, name and layout; reading it back needs a
+chart of the manifold, for a change of coordinates is code and is not stored with the numbers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _KINDS: dict[str, Any] = {
 def to_state(thing: Point | TypedTensor) -> State:
     """A `Point` or typed object as a dict of tensors and primitives, for ``torch.save`` and ``torch.load(weights_only=True)``.
 
-    Diagonal matrices and multiples of the identity keep their structure; matrix-free objects are stored as a matrix, and refused
-    above `geoad.operators.DENSE_LIMIT` coordinates.
+    Diagonal matrices and multiples of the identity keep their structure; matrix-free objects are stored as a matrix, and
+    refused above `geoad.operators.DENSE_LIMIT` coordinates.
 
     >>> import torch, geoad
     >>> x = geoad.Chart({"x": (2,)}, name="x")
@@ -55,10 +55,16 @@ def to_state(thing: Point | TypedTensor) -> State:
         return {_MARK: _VERSION, "kind": "Point", "point": _point_state(thing)}
     if not isinstance(thing, TypedTensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise GeometryError(
-            f"to_state is for points and typed objects, found {type(thing).__name__}. Plain tensors are saved by torch.save; modules by "
+            f"to_state is for points and typed objects, found {type(thing).__name__}. Plain tensors are saved by "
+            "torch.save; modules by "
             "geo.state_dict()."
         )
-    state: State = {_MARK: _VERSION, "kind": type(thing).__name__, "chart": _chart_state(thing.chart), "at": _point_state(thing.at)}
+    state: State = {
+        _MARK: _VERSION,
+        "kind": type(thing).__name__,
+        "chart": _chart_state(thing.chart),
+        "at": _point_state(thing.at),
+    }
     match thing:
         case Rank1():
             state["blocks"] = _plain(thing.blocks)
@@ -129,9 +135,9 @@ def from_state(state: Mapping[str, Any], chart: Chart | Sequence[Chart] | None =
     Args:
         state: what `to_state` returned.
         chart: a chart of the manifold (any one), or several for objects that live in more than one space. Charts are found by
-            their uid; where it is not among them (another process made the network anew) by name and layout, and then it is checked that
-            the change of coordinates gives the stored point the same reference coordinates. None: a free-standing reference
-            chart is made anew.
+            their uid; where it is not among them (another process made the network anew) by name and layout, and then it is
+            checked that the change of coordinates gives the stored point the same reference coordinates. None: a
+            free-standing reference chart is made anew.
         strict: accept charts by uid only.
 
     Raises:
@@ -139,7 +145,8 @@ def from_state(state: Mapping[str, Any], chart: Chart | Sequence[Chart] | None =
     """
     if state.get(_MARK) != _VERSION:
         raise GeometryError(
-            f"this is not a state of geoad (marker {state.get(_MARK)!r}, expected {_VERSION}). Pass what geoad.to_state returned."
+            f"this is not a state of geoad (marker {state.get(_MARK)!r}, expected {_VERSION}). Pass what geoad.to_state "
+            "returned."
         )
     given = [] if chart is None else [chart] if isinstance(chart, Chart) else list(chart)
     reader = _Reader(given, strict)
@@ -227,8 +234,10 @@ class _Reader:
             tolerance = 1e4 * torch.finfo(block.dtype).eps * float(size + 1)
             if not torch.allclose(again.blocks[name], block, rtol=0, atol=tolerance, equal_nan=True):
                 raise ChartMismatchError(
-                    f"chart '{chart.name}' has the name and layout of the chart of the saved object, but its map is another one: the "
-                    f"saved point has other coordinates in '{home.name}' (block '{name}'). Make the chart with the same map, and load "
+                    f"chart '{chart.name}' has the name and layout of the chart of the saved object, but its map is "
+                    "another one: the "
+                    f"saved point has other coordinates in '{home.name}' (block '{name}'). Make the chart with the same "
+                    "map, and load "
                     "the parameters of a learnable map first: phi.load_state_dict(...)."
                 )
         Point(home, stored, point.token)  # the stored reference coordinates, bit for bit
