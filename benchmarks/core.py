@@ -1,12 +1,13 @@
 """What the types and the charts cost, in multiples of one plain ``torch.func`` call.
 
-MLP 64-256-256-10 (d = 85 002), 512 samples, float32, one thread. Every typed call gets a fresh point in its chart, so nothing is
-remembered from one round to the next. Run: ``python benchmarks/core.py``; it prints a Markdown table.
+MLP 64-256-256-10 (d = 85 002), 512 samples, float32, one thread. Every typed call gets a fresh point in its chart, so
+nothing is remembered from one round to the next. Run: ``python benchmarks/core.py``; it prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ def network() -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = (64, 256, 256, 10)
     layers: list[torch.nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(a, b), torch.nn.Tanh()]
     return torch.nn.Sequential(*layers[:-1])
 

@@ -27,8 +27,8 @@ def _like(tensor: Tensor, x: Blocks) -> Tensor:
 class Euclidean(MetricField):
     """The metric that is the identity matrix in `chart`, everywhere.
 
-    ``Euclidean(geo.reference)`` is the default metric of geoad, the one that gradient descent assumes in silence; seen in another
-    chart it is J⁻ᵀJ⁻¹. It is also what damping means: ``F + lam * Euclidean(theta)``.
+    ``Euclidean(geo.reference)`` is the default metric of geoad, the one that gradient descent assumes in silence; seen in
+    another chart it is J⁻ᵀJ⁻¹. It is also what damping means: ``F + lam * Euclidean(theta)``.
 
     >>> import torch, geoad
     >>> x = geoad.Chart({"x": (2,)}, name="x")
@@ -67,7 +67,8 @@ class Constant(MetricField):
         self.value = as_operator(chart, operator, "a constant metric")
         if not self.value.symmetric:
             raise GeometryError(
-                "a constant metric must be symmetric, found a matrix that is not. An inner product does not depend on the order of its "
+                "a constant metric must be symmetric, found a matrix that is not. An inner product does not depend on "
+                "the order of its "
                 "arguments; pass 0.5 * (M + M.mT)."
             )
         ops.inverse(self.value, positive=True)  # raises SingularMetricError if it is not positive definite
@@ -100,7 +101,8 @@ class Diagonal(MetricField):
         smallest = min(float(block.min()) for block in self.entries.values() if block.numel())
         if not smallest > 0:
             raise SingularMetricError(
-                f"a diagonal metric needs positive entries, found {smallest:.6g}. A metric that vanishes in some direction has no "
+                f"a diagonal metric needs positive entries, found {smallest:.6g}. A metric that vanishes in some "
+                "direction has no "
                 "inverse; add a positive number to the entries."
             )
 
@@ -142,7 +144,8 @@ class Pullback(MetricField):
     def __getattr__(self, name: str) -> Any:
         if name == "home":
             raise GeometryError(
-                "this pull-back does not know its chart yet, so it cannot be combined with other fields. Say in which chart the map takes "
+                "this pull-back does not know its chart yet, so it cannot be combined with other fields. Say in which "
+                "chart the map takes "
                 "its components: metrics.Pullback(map, metric, chart=geo.reference)."
             )
         raise AttributeError(name)

@@ -572,14 +572,10 @@ def test_softplus_is_exact_where_torch_is_not() -> None:
     m = bind(maps.Softplus(), layout)
     x = torch.tensor([-700.0, 25.0, 0.0], dtype=torch.float64)
     y = m.forward({"x": x})["x"]
-    expected = torch.tensor(
-        [9.8596765437597708e-305, 25.000000000013887944, 0.69314718055994530942], dtype=torch.float64
-    )
+    expected = torch.tensor([9.8596765437597708e-305, 25.000000000013887944, 0.69314718055994530942], dtype=torch.float64)
     assert torch.allclose(y, expected, rtol=1e-15, atol=0)
     single = torch.tensor(-60.0)
-    second = torch.func.jacfwd(
-        torch.func.jacrev(lambda v: bind(maps.Softplus(), Layout({"v": ()})).forward({"v": v})["v"])
-    )
+    second = torch.func.jacfwd(torch.func.jacrev(lambda v: bind(maps.Softplus(), Layout({"v": ()})).forward({"v": v})["v"]))
     assert bool(torch.as_tensor(second(single)).isfinite())
 
 

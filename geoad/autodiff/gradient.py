@@ -109,17 +109,19 @@ def _covector(point: Point, components: Any) -> Covector:
     return Covector(home, home.pack(components), point.to(home)).to(point.chart)
 
 
-def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[[Point], Vector]:
+def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[[Any], Vector]:
     """The Riemannian gradient G⁻¹dL, a `Vector`: the direction of steepest ascent with respect to a metric field.
 
     Default: the Euclidean metric of the reference chart, moved along: the gradient of gradient descent, in every chart.
     """
     differential = grad(fn)
 
-    def gradient(p: Point) -> Vector:
-        slope = differential(p)
-        if metric is None:
-            return reference_metric(slope).sharp(slope)
-        return metric(slope.at).sharp(slope)
+    def gradient(p: Any) -> Vector:
+        point = as_point(p)
+        # everything is computed where the metric is, and the result moves once
+        home = point.chart.reference if metric is None or not isinstance(metric, FormField) else metric.home
+        slope = differential(point.to(home) if home.reference == point.chart.reference else point)
+        here = reference_metric(slope) if metric is None else metric(slope.at)
+        return here.sharp(slope).to(point.chart)
 
     return gradient

@@ -47,7 +47,8 @@ class FieldHessian:
     def __init__(self, field: ScalarField, metric: FormField | None) -> None:
         if metric is not None and not isinstance(metric, FormField):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise VarianceError(
-                f"metric= must be a metric field, found {type(metric).__name__}. The connection needs derivatives of the metric, so its "
+                f"metric= must be a metric field, found {type(metric).__name__}. The connection needs derivatives of "
+                "the metric, so its "
                 "value at one point is not enough; pass for instance geoad.metrics.Euclidean(chart) or a curvature field."
             )
         if metric is not None and metric.home.reference != field.home.reference:

@@ -33,11 +33,13 @@ def plain_chart(x: Any) -> Chart:
         return _chart_of(Layout({name: tensor.shape for name, tensor in tensors.items()}), False)
     if isinstance(x, TypedTensor):
         raise VarianceError(
-            f"derivatives are taken with respect to a point, found {describe(x)}. A Point is the only differentiable argument; pass p, "
+            f"derivatives are taken with respect to a point, found {describe(x)}. A Point is the only differentiable "
+            "argument; pass p, "
             "or T.components for plain numbers in a chart of their own."
         )
     raise GeometryError(
-        f"cannot differentiate with respect to {type(x).__name__}: pass a Point, a tensor, or a dict of tensors (name -> tensor)."
+        f"cannot differentiate with respect to {type(x).__name__}: pass a Point, a tensor, or a dict of tensors (name "
+        "-> tensor)."
     )
 
 

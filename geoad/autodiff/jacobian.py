@@ -50,8 +50,10 @@ class _Map:
                 self.space = plain_chart(value)
         else:
             raise GeometryError(
-                f"the map must return a tensor or a dict of tensors, found {type(value).__name__}. A function with typed results is a "
-                "tensor field: use geoad.covariant_derivative(T, metric), for the plain derivative of components is not a tensor."
+                f"the map must return a tensor or a dict of tensors, found {type(value).__name__}. A function with "
+                "typed results is a "
+                "tensor field: use geoad.covariant_derivative(T, metric), for the plain derivative of components is "
+                "not a tensor."
             )
         return self.space.layout.ravel(self.space.pack(value, "the value of the map"))
 
@@ -164,7 +166,8 @@ def _tangent(p: Point, v: Any) -> Vector:
         return moved
     if isinstance(v, TypedTensor):
         raise VarianceError(
-            f"a directional derivative goes along a Vector, found {describe(v)}. A differential has no direction until a metric gives it "
+            f"a directional derivative goes along a Vector, found {describe(v)}. A differential has no direction until "
+            "a metric gives it "
             "one: metric.sharp(covector)."
         )
     return p.chart.vector(v, at=p)
@@ -198,7 +201,8 @@ def pushforward(fn: Any, v: Vector, *, space: Chart | None = None) -> Any:
     """Df(p) v, where p is the base point of v: a `Vector` of the output space at f(p); matrix-free (one jvp)."""
     if not isinstance(v, Vector):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise VarianceError(
-            f"a map pushes vectors forward, found {describe(v)}. Covectors and forms are pulled back: geoad.pullback(f, T). To make a "
+            f"a map pushes vectors forward, found {describe(v)}. Covectors and forms are pulled back: geoad.pullback(f, "
+            "T). To make a "
             "vector of a covector use metric.sharp."
         )
     mapping = _Map(fn, v.at, space)
@@ -230,7 +234,8 @@ def pullback(fn: Any, tensor: Any, *, at: Point | None = None) -> Any:
         raise VarianceError("a plain tensor has no type to pull back. For plain cotangents use geoad.vjp(f, p)[1](u).")
     if isinstance(tensor, Vector) or not isinstance(tensor, (Covector, Form)):
         raise VarianceError(
-            f"only functions and tensors with lower indices are pulled back, found {describe(tensor)}. Vectors are pushed forward: "
+            f"only functions and tensors with lower indices are pulled back, found {describe(tensor)}. Vectors are "
+            "pushed forward: "
             "geoad.pushforward(f, v)."
         )
     return _pullback_tensor(_Map(fn, at, tensor.chart), tensor, at)

@@ -78,12 +78,14 @@ def eigh(form: Form, metric: Metric, k: int | None = None, which: str = "largest
     """
     if not isinstance(metric, Metric):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise VarianceError(
-            f"eigenvalues of a form need a metric, found {describe(metric)}. Without one they depend on the chart. Pass metric=G, the "
+            f"eigenvalues of a form need a metric, found {describe(metric)}. Without one they depend on the chart. Pass "
+            "metric=G, the "
             "value of a metric field at the point: geoad.metrics.Euclidean(theta)(p)."
         )
     if not isinstance(form, Form) or not form.op.symmetric:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise VarianceError(
-            f"geoad.eigh is for symmetric (0,2) forms, found {describe(form)}. For an endomorphism use E.eigenvalues(); symmetrise a form "
+            f"geoad.eigh is for symmetric (0,2) forms, found {describe(form)}. For an endomorphism use E.eigenvalues(); "
+            "symmetrise a form "
             "with 0.5 * (B + B.mT)."
         )
     require_same_place(form, metric, "diagonalise")

@@ -75,7 +75,8 @@ class FormField:
     def __add__(self, other: Any) -> FormField:
         if not isinstance(other, FormField):
             raise VarianceError(
-                f"cannot add a {type(self).__name__} field and a {type(other).__name__}: damping needs to say whose identity it adds. "
+                f"cannot add a {type(self).__name__} field and a {type(other).__name__}: damping needs to say whose "
+                "identity it adds. "
                 "Use field + lam * geoad.metrics.Euclidean(chart)."
             )
         return SumField([(1.0, self), (1.0, other)])
@@ -89,8 +90,10 @@ class FormField:
         if isinstance(factor, ScalarField):
             return self.scaled_by(factor)
         if not is_scalar(factor):
-            raise VarianceError(f"a {type(self).__name__} field is scaled by numbers and scalar fields, found {type(factor).__name__}.")
-        return SumField([(float(factor), self)])
+            raise VarianceError(
+                f"a {type(self).__name__} field is scaled by numbers and scalar fields, found {type(factor).__name__}."
+            )
+        return SumField([(factor if isinstance(factor, Tensor) else float(factor), self)])
 
     __rmul__ = __mul__
 
@@ -120,11 +123,21 @@ def _over_batch(field: FormField, p: Point) -> Any:
     return at(p)
 
 
+Factor = float | Tensor
+
+
+def _is_positive(factor: Factor) -> bool:
+    """True if the factor is known to be > 0; the value of a traced tensor is not known."""
+    if isinstance(factor, Tensor):
+        return not is_wrapped({"": factor}) and bool(factor.detach() > 0)
+    return factor > 0
+
+
 class SumField(MetricField):
     """Σ c_i field_i; a metric field if all terms are and all coefficients are positive."""
 
-    def __init__(self, terms: list[tuple[float, FormField]]) -> None:
-        flat: list[tuple[float, FormField]] = []
+    def __init__(self, terms: list[tuple[Factor, FormField]]) -> None:
+        flat: list[tuple[Factor, FormField]] = []
         for factor, field in terms:
             inner = field.terms if isinstance(field, SumField) else [(1.0, field)]
             flat.extend((factor * c, each) for c, each in inner)
@@ -135,18 +148,18 @@ class SumField(MetricField):
         super().__init__(home)
         self.terms = flat
         self.constant = all(field.constant and field.home == home for _, field in flat)
-        positive = all(factor > 0 and issubclass(field.value_class, Metric) for factor, field in flat)
+        positive = all(_is_positive(factor) and issubclass(field.value_class, Metric) for factor, field in flat)
         self.value_class = Metric if positive else Form
         self.definite = positive and any(field.definite for _, field in flat)
 
-    def parts_at_home(self) -> list[tuple[float, FormField]]:
+    def parts_at_home(self) -> list[tuple[Factor, FormField]]:
         """The terms, each written in the home of the sum."""
         return [(c, field if field.home == self.home else InChart(field, self.home)) for c, field in self.terms]
 
     def operator(self, x: Blocks) -> LinearOperator:
         total: LinearOperator | None = None
         for factor, field in self.parts_at_home():
-            term = ops.times(factor, field.operator(x), positive=factor > 0)
+            term = ops.times(factor, field.operator(x), positive=_is_positive(factor))
             total = term if total is None else ops.plus(total, term, definite=self.definite)
         assert total is not None
         return total
@@ -204,7 +217,8 @@ class Conformal(MetricField):
             positive = bool(h > 0)
             if issubclass(self.value_class, Metric) and not positive:
                 raise GeometryError(
-                    f"a conformal factor must be positive, found {float(h):.6g}: otherwise h G is not a metric. Use field.map(torch.exp)."
+                    f"a conformal factor must be positive, found {float(h):.6g}: otherwise h G is not a metric. Use "
+                    "field.map(torch.exp)."
                 )
         return ops.times(h, self.field.operator(x), positive=positive)
 
@@ -222,9 +236,15 @@ class FunctionMetric(MetricField):
     def operator(self, x: Blocks) -> LinearOperator:
         matrix: Tensor | Any = self.fn(self.home.unpack(x))
         op = as_operator(self.home, matrix, "a metric field")
+        if not is_wrapped({"": op.like}) and not bool(op.like.isfinite().all()):
+            raise GeometryError(
+                "the function of a metric field returned entries that are not finite (NaN or infinity). There is no metric at this "
+                "point; check the function, and whether the point lies in its domain."
+            )
         if not op.symmetric and not is_wrapped({"": op.like}):
             raise GeometryError(
-                "the function of a metric field returned a matrix that is not symmetric. An inner product does not depend on the order "
+                "the function of a metric field returned a matrix that is not symmetric. An inner product does not "
+                "depend on the order "
                 "of its arguments; return 0.5 * (M + M.mT)."
             )
         op.symmetric = True

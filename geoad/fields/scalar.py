@@ -208,7 +208,8 @@ class _Constant:
 
 def _not_scalar(what: str, other: Any) -> str:
     return (
-        f"cannot {what} a ScalarField and a {type(other).__name__}: only functions on the same manifold and numbers combine. Make a "
+        f"cannot {what} a ScalarField and a {type(other).__name__}: only functions on the same manifold and numbers "
+        "combine. Make a "
         "field of a plain function first: chart.scalar_field(fn) or geo.scalar_field(fn)."
     )
 
@@ -217,12 +218,14 @@ def require_point(p: Any, chart: Chart, what: str) -> Point:
     """`p` as a `Point` of the manifold of `chart`, or an error."""
     if not isinstance(p, Point):
         raise ChartMismatchError(
-            f"{what} is evaluated at a Point, found {type(p).__name__}. Plain numbers have no chart, so it is not known which point "
+            f"{what} is evaluated at a Point, found {type(p).__name__}. Plain numbers have no chart, so it is not known "
+            "which point "
             "they mean. Pass geo.point() or chart.point(components)."
         )
     if p.chart.reference != chart.reference:
         raise ChartMismatchError(
-            f"{what} on the manifold of chart '{chart.reference.name}' was given a point of chart '{p.chart.name}', which belongs to "
+            f"{what} on the manifold of chart '{chart.reference.name}' was given a point of chart '{p.chart.name}', "
+            "which belongs to "
             "another manifold. Make the point with a chart of the same manifold."
         )
     return p

@@ -25,7 +25,8 @@ def require_scalar(result: Any) -> Tensor:
     if not isinstance(result, Tensor) or result.ndim != 0:
         found = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise GeometryError(
-            f"a scalar field must return a 0-dimensional tensor, found {found}. Its differential is a covector only for a single "
+            f"a scalar field must return a 0-dimensional tensor, found {found}. Its differential is a covector only for "
+            "a single "
             "number; reduce the result (.sum(), .mean()), or use geoad.jacobian for maps into a space."
         )
     return result

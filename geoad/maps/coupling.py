@@ -98,9 +98,7 @@ class _Conditioner(Numbers):
 class _Layer:
     """One coupling layer at one place: the conditioner evaluated at a, x_b and the factor e^s."""
 
-    def __init__(
-        self, conditioner: _Conditioner, a: Tensor, b: Tensor | None = None, image: Tensor | None = None
-    ) -> None:
+    def __init__(self, conditioner: _Conditioner, a: Tensor, b: Tensor | None = None, image: Tensor | None = None) -> None:
         self.conditioner = conditioner
         self.features = conditioner.features(a)
         self.ratio, self.t = conditioner.values(self.features[1])

@@ -120,8 +120,7 @@ class Householder(_Mixing):
         self.reflections = int(reflections) if self._given is None else self._given.shape[0]
         if self.reflections < 1:
             raise GeometryError(
-                f"Householder needs at least one reflection, got {reflections}. None is the identity: use "
-                "maps.Identity()."
+                f"Householder needs at least one reflection, got {reflections}. None is the identity: use maps.Identity()."
             )
         self._learns = learnable
 
@@ -222,9 +221,7 @@ class Orthogonal(_Mixing):
 
 def _require_orthogonal(matrix: Tensor, given: Any) -> None:
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    off = (
-        float((matrix.mT @ matrix - torch.eye(len(matrix), dtype=matrix.dtype)).abs().max()) if square else float("nan")
-    )
+    off = float((matrix.mT @ matrix - torch.eye(len(matrix), dtype=matrix.dtype)).abs().max()) if square else float("nan")
     dtype = given.dtype if isinstance(given, Tensor) and given.is_floating_point() else torch.float64
     if not square or off > 100 * torch.finfo(dtype).eps * max(1, len(matrix)) ** 0.5:
         raise GeometryError(

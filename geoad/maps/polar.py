@@ -47,9 +47,7 @@ class Polar(BlockMap):
     tensor([5.0000, 0.9273])
     """
 
-    def __init__(
-        self, dim: int | None = -1, kind: Literal["hyperspherical", "stereographic"] = "hyperspherical"
-    ) -> None:
+    def __init__(self, dim: int | None = -1, kind: Literal["hyperspherical", "stereographic"] = "hyperspherical") -> None:
         super().__init__()
         if dim not in (-1, 0, 1, None):
             raise GeometryError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -193,7 +194,7 @@ def _repeats(layout: Layout, layers: list[str], first: str, second: str) -> int:
 
 
 def _find_pairs(layout: Layout, layers: list[str]) -> list[tuple[str, str]]:
-    pairs = [pair for pair in zip(layers, layers[1:], strict=False) if _fit(layout, *pair)]
+    pairs = [pair for pair in itertools.pairwise(layers) if _fit(layout, *pair)]
     if not pairs:
         raise GeometryError(
             f"Rescale found no consecutive layers to pair in the blocks {list(layout.names)}: it has the layers "

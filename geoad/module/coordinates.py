@@ -295,6 +295,19 @@ class Coordinates:
                 parameter.copy_(own[name])
             self._remember(own)
 
+    def set(self, blocks: Blocks, theta: Blocks) -> None:
+        """Make `blocks` the components in the present chart; `theta` are the same point's reference coordinates."""
+        leaves = self.live()
+        with _plain():
+            for name, parameter in self.theta.items():
+                _write(parameter, theta[name])
+            if self.psi is not None:
+                own = map_blocks(torch.clone, blocks)
+                for name, parameter in leaves.items():
+                    _write(parameter, own[name])
+                self._ledger.clear()
+                self._remember(own)
+
     # -- changes from outside ----------------------------------------------------------------------------------------------
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:

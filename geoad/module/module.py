@@ -119,6 +119,24 @@ class GeoModule(nn.Module):
         """
         return self._coordinates.point()
 
+    def set_point(self, p: Point) -> Self:
+        """Make `p`, a point in any chart, the current parameters; the module stays in its chart.
+
+        >>> import torch, geoad
+        >>> geo = geoad.GeoModule(torch.nn.Linear(3, 2))
+        >>> L = geo.loss(torch.nn.functional.mse_loss, (torch.ones(4, 3), torch.zeros(4, 2)))
+        >>> q = geo.point().retract(-0.1 * geoad.riemannian_grad(L)(geo.point()))
+        >>> geo.set_point(q).point().log(q).ravel().abs().max()
+        tensor(0.)
+
+        Raises:
+            ChartMismatchError: the point belongs to another manifold.
+            ChartDomainError: the point has no coordinates in the present chart; nothing was changed.
+        """
+        here = p.to(self.chart)  # raises before anything is changed
+        self._coordinates.set(here.blocks, p.to(self.reference).blocks)
+        return self
+
     @property
     def grad(self) -> Covector:
         """The ``.grad`` of the parameters, typed: a `Covector` at `point`, in `chart`. Blocks without a gradient are zero."""

@@ -12,7 +12,7 @@ from geoad.charts import Point, same_point
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.params import insert_axes
 from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe
-from geoad.tensors.general import build, dense_of
+from geoad.tensors.general import GeoTensor, build, dense_of
 from geoad.tensors.pairing import pair
 from geoad.tensors.rank1 import Rank1
 from geoad.tensors.rank2 import Rank2
@@ -40,6 +40,10 @@ def matmul(a: Any, b: Any) -> Any:
             if a.up == b.up:
                 a(b)  # raises, with the remedy
             return pair(a, b)
+        if isinstance(a, GeoTensor) and a.at is b.at and a.axes and a.axes[-1].pairs_with(b.axes[0]):
+            flat = b.ravel()
+            if flat.ndim == 1:
+                return build(a.data @ flat, a.axes[:-1], a.at)
     elif isinstance(b, Rank2):
         if isinstance(a, Rank1):
             return b.mT.mv(a)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from geoad.charts import Chart, Point, Reparametrization
-from geoad.errors import GeometryError
+from geoad.errors import ChartMismatchError, GeometryError
 from geoad.maps.base import Diffeomorphism
 from geoad.module import GeoModule
 from geoad.tensors import TypedTensor, describe
@@ -35,7 +35,8 @@ def assert_invariant(
     What `fn` is called with is what you pass as `geo`:
 
     * a `GeoModule`: a deep copy of the module, moved to the chart. `fn` may train it; use ``g.point()`` for the point. Fields
-      that were made with the original module may be used, they do not depend on its state but on the point;
+      that were made with the original module may be used, they do not depend on its state but on the point. A function
+      of a point, which cannot take a module, is called with the module's point in the chart instead;
     * a `Point`: the same point in the chart, ``p.to(chart)``;
     * a `Chart`: as with a point, at a generic point of its manifold.
 
@@ -149,7 +150,7 @@ def _compare(
     headline: str,
 ) -> None:
     start, views = _views(geo, charts, seed)
-    expected = _evaluate(fn, start, start.reference, "the reference chart", seed, normalise)
+    expected = _first_evaluation(fn, start, seed, normalise)
     wrong: dict[str, str] = {}
     for name, chart in views.items():
         found = _evaluate(fn, start, chart, f"chart '{name}'", seed, normalise)
@@ -183,6 +184,24 @@ class _Start:
         if self.module is None:
             return self.point.to(chart)
         return copy.deepcopy(self.module).to(chart)
+
+
+def _first_evaluation(
+    fn: Callable[[Any], Any], start: _Start, seed: int, normalise: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """The numbers in the reference chart. What is given a module but can only take a point is found out here."""
+    where = "the reference chart"
+    try:
+        return _evaluate(fn, start, start.reference, where, seed, normalise)
+    except (AttributeError, TypeError, ChartMismatchError) as error:
+        if start.module is None:
+            raise
+        module, start.module = start.module, None
+        try:
+            return _evaluate(fn, start, start.reference, where, seed, normalise)
+        except Exception:
+            start.module = module
+            raise error from None
 
 
 def _evaluate(
