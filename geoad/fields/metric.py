@@ -238,7 +238,8 @@ class FunctionMetric(MetricField):
         op = as_operator(self.home, matrix, "a metric field")
         if not is_wrapped({"": op.like}) and not bool(op.like.isfinite().all()):
             raise GeometryError(
-                "the function of a metric field returned entries that are not finite (NaN or infinity). There is no metric at this "
+                "the function of a metric field returned entries that are not finite (NaN or infinity). There is no "
+                "metric at this "
                 "point; check the function, and whether the point lies in its domain."
             )
         if not op.symmetric and not is_wrapped({"": op.like}):
