@@ -136,6 +136,9 @@ class Pullback(MetricField):
     def _call(self, x: Blocks) -> Blocks:
         return self.metric.home.pack(self._given(self.home.unpack(x)), "the value of the map")
 
+    def home_at(self, p: Point) -> Chart:
+        return self.home if "home" in self.__dict__ else p.chart.reference
+
     def __call__(self, p: Point) -> Any:
         if "home" not in self.__dict__:
             return Pullback(*self.given, chart=p.chart.reference)(p)

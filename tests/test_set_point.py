@@ -64,3 +64,15 @@ def test_a_metric_field_that_is_not_finite_says_so() -> None:
     field = x.metric_field(lambda t: torch.diag(t.log()))
     with pytest.raises(geoad.GeometryError, match="not finite"):
         field(x.point(torch.tensor([-1.0, 2.0])))
+
+
+def test_gradient_of_a_pullback_that_learns_its_chart_from_the_point() -> None:
+    x = geoad.Chart({"x": (2,)}, name="x")
+    psi = x.reparametrize(geoad.maps.Asinh(), name="psi").target
+    field = geoad.metrics.Pullback(lambda t: torch.stack([t[0] ** 3, t.sum()]), geoad.metrics.Euclidean(geoad.Chart((2,))))
+    height = x.scalar_field(lambda t: t[0] * t[1])
+    p = x.point(torch.tensor([1.0, 2.0]))
+    jacobian = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    expected = torch.linalg.solve(jacobian.mT @ jacobian, torch.tensor([2.0, 1.0]))
+    found = geoad.riemannian_grad(height, field)(p.to(psi)).to(x)
+    assert torch.allclose(found.components, expected, rtol=1e-12)

@@ -119,7 +119,7 @@ def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[[Any],
     def gradient(p: Any) -> Vector:
         point = as_point(p)
         # everything is computed where the metric is, and the result moves once
-        home = point.chart.reference if metric is None or not isinstance(metric, FormField) else metric.home
+        home = point.chart.reference if metric is None else metric.home_at(point)
         slope = differential(point.to(home) if home.reference == point.chart.reference else point)
         here = reference_metric(slope) if metric is None else metric(slope.at)
         return here.sharp(slope).to(point.chart)

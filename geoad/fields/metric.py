@@ -51,6 +51,10 @@ class FormField:
         """G(x) v, differentiable in x and v."""
         return self.operator(x).mv(v)
 
+    def home_at(self, p: Point) -> Chart:
+        """The chart in which the value at p is computed."""
+        return self.home
+
     def __call__(self, p: Point) -> Any:
         here = require_point(p, self.home, f"a {type(self).__name__} field").to(self.home)
         if here.batch_shape:
