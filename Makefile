@@ -73,5 +73,5 @@ bench: $(STAMP)
 	for script in $$scripts; do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist demo_out .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist demo_out demo*.png .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ from geoad.fields.metric import FieldOperator, FormField, MetricField
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, first
 from geoad.tensors import as_operator
+from geoad.tensors.base import is_scalar
 
 __all__ = ["Constant", "Diagonal", "Euclidean", "Pullback"]
 
@@ -136,18 +137,35 @@ class Pullback(MetricField):
     def _call(self, x: Blocks) -> Blocks:
         return self.metric.home.pack(self._given(self.home.unpack(x)), "the value of the map")
 
+    def __repr__(self) -> str:
+        return super().__repr__() if "home" in self.__dict__ else "Pullback(in the reference chart of its point)"
+
     def home_at(self, p: Point) -> Chart:
-        return self.home if "home" in self.__dict__ else p.chart.reference
+        return self.home if self.placed else p.chart.reference
 
     def __call__(self, p: Point) -> Any:
-        if "home" not in self.__dict__:
-            return Pullback(*self.given, chart=p.chart.reference)(p)
+        if not self.placed:
+            return self.place(p.chart.reference)(p)
         return super().__call__(p)
+
+    @property
+    def placed(self) -> bool:
+        return "home" in self.__dict__
+
+    def place(self, chart: Chart) -> FormField:
+        return self if self.placed else Pullback(*self.given, chart=chart)
+
+    def __mul__(self, factor: Any) -> FormField:
+        if not self.placed and is_scalar(factor):  # Jᵀ(cA)J
+            return Pullback(self.given[0], self.metric * factor)
+        return super().__mul__(factor)
+
+    __rmul__ = __mul__
 
     def __getattr__(self, name: str) -> Any:
         if name == "home":
             raise GeometryError(
-                "this pull-back does not know its chart yet, so it cannot be combined with other fields. Say in which "
+                "this pull-back does not know its chart yet, and nothing that it is combined with says it. Say in which "
                 "chart the map takes "
                 "its components: metrics.Pullback(map, metric, chart=geo.reference)."
             )

@@ -54,7 +54,15 @@ class Layout(Mapping[str, torch.Size]):
                 "nothing to differentiate; for a module, check that some parameter has requires_grad=True or is "
                 "selected by params=."
             )
-        self._shapes = {str(name): torch.Size(shape) for name, shape in shapes.items()}
+        try:
+            self._shapes = {str(name): torch.Size(shape) for name, shape in shapes.items()}
+        except TypeError as error:
+            raise GeometryError(
+                f"the blocks of a coordinate system are name -> shape, found {dict(shapes)!r}. A shape is a tuple of sizes: "
+                "(2,) for two numbers, () for a single one."
+            ) from error
+        if any(size < 0 for shape in self._shapes.values() for size in shape):
+            raise GeometryError(f"sizes cannot be negative, found {self._shapes}. A block of n numbers has shape (n,).")
         self.names: tuple[str, ...] = tuple(self._shapes)
         self.sizes: tuple[int, ...] = tuple(shape.numel() for shape in self._shapes.values())
         self.dim: int = sum(self.sizes)

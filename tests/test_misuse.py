@@ -252,7 +252,12 @@ CASES = [
         GeometryError,
         "reduction='mean'",
     ),
-    Case("unknown reduction", lambda: geo.loss(F.cross_entropy, data, reduction="median"), GeometryError, "per_sample_grads"),
+    Case(
+        "unknown reduction",
+        lambda: geo.loss(F.cross_entropy, data, reduction="median"),
+        GeometryError,
+        "geo.loss(loss_fn, (x, y))",
+    ),
     Case("unknown likelihood", lambda: geoad.curvature.Fisher(geo, data, "poison"), GeometryError, "categorical"),
     Case(
         "one logit",

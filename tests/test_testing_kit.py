@@ -590,3 +590,45 @@ def test_hypothesis_is_needed_for_the_strategies_only() -> None:
 def test_conformance_needs_two_things() -> None:
     with pytest.raises(TypeError, match="make"):
         DiffeomorphismConformance()  # pyright: ignore[reportAbstractUsage]
+
+
+class _WrongInverse(geoad.maps.BlockMap):
+    """ψ = 2θ + 1 with an inverse that forgets the 1."""
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x + 1
+
+    def inverse_value(self, y: torch.Tensor) -> torch.Tensor:
+        return y / 2
+
+
+def test_a_wrong_inverse_is_found_before_anything_is_compared() -> None:
+    x = geoad.Chart({"x": (2,)}, name="x")
+    p = x.point(torch.tensor([1.0, 2.0]))
+    with pytest.raises(geoad.NotADiffeomorphismError, match="do not undo one another"):
+        geoad.testing.assert_invariant(lambda p: 1.0, p, charts=[_WrongInverse()])
+
+
+def test_a_function_of_a_point_is_tested_on_a_module() -> None:
+    geo = geoad.GeoModule(torch.nn.Linear(3, 2))
+    data = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    loss = geo.loss(torch.nn.functional.cross_entropy, data)
+    geoad.testing.assert_invariant(lambda p: loss(p.retract(-0.1 * geoad.riemannian_grad(loss)(p))), geo)
+    with pytest.raises(geoad.VarianceError, match="with respect to which metric"):
+        geoad.testing.assert_invariant(lambda p: geoad.hessian(loss)(p).trace(), geo)
+    with pytest.raises(geoad.GeometryError, match="assert_equivariant"):
+        geoad.testing.assert_invariant(lambda p: geoad.grad(loss)(p), geo)
+
+
+def test_elementwise_maps_need_two_functions_only() -> None:
+    class Wave(geoad.maps.Elementwise):
+        def value(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0.5 * x.sin()
+
+    x = geoad.Chart({"x": (2,)}, name="x")
+    p = x.point(torch.tensor([1.0, 2.0]))
+    psi = x.reparametrize(Wave()).target
+    v = x.vector(torch.ones(2), at=p)
+    assert torch.allclose(v.to(psi).components, 1 + 0.5 * p.components.cos(), rtol=1e-14)
+    with pytest.raises(geoad.GeometryError, match="no method `inverse_value`"):
+        psi.point(p.to(psi).components).to(x)

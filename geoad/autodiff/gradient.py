@@ -109,18 +109,19 @@ def _covector(point: Point, components: Any) -> Covector:
     return Covector(home, home.pack(components), point.to(home)).to(point.chart)
 
 
-def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[[Any], Vector]:
+def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[..., Vector]:
     """The Riemannian gradient G⁻¹dL, a `Vector`: the direction of steepest ascent with respect to a metric field.
 
     Default: the Euclidean metric of the reference chart, moved along: the gradient of gradient descent, in every chart.
+    `fn` is a `ScalarField` or a callable of plain components, ``riemannian_grad(fn, metric)(p, *args)``.
     """
     differential = grad(fn)
 
-    def gradient(p: Any) -> Vector:
+    def gradient(p: Any, *args: Any, **kwargs: Any) -> Vector:
         point = as_point(p)
         # everything is computed where the metric is, and the result moves once
         home = point.chart.reference if metric is None else metric.home_at(point)
-        slope = differential(point.to(home) if home.reference == point.chart.reference else point)
+        slope = differential(point.to(home) if home.reference == point.chart.reference else point, *args, **kwargs)
         here = reference_metric(slope) if metric is None else metric(slope.at)
         return here.sharp(slope).to(point.chart)
 

@@ -6,7 +6,7 @@ from geoad import operators as ops
 from geoad.charts import Point
 from geoad.connection.products import contracted
 from geoad.errors import ChartMismatchError, VarianceError
-from geoad.fields.metric import FormField
+from geoad.fields.metric import FormField, over_points
 from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels import derivatives
 from geoad.params import Blocks, sub
@@ -64,6 +64,8 @@ class FieldHessian:
     def __call__(self, p: Point) -> Form:
         home = self.field.home
         here = require_point(p, home, "a Hessian").to(home)
+        if here.batch_shape:
+            return over_points(self, p)
         if self.metric is None or self.metric.constant:
             op: ops.LinearOperator = HessianOperator(self.field, here.blocks)
         else:

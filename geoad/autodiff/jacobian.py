@@ -26,8 +26,9 @@ __all__ = ["jacfwd", "jacobian", "jacrev", "jvp", "pullback", "pushforward", "vj
 class _Map:
     """A map from a manifold to a space, as a function of plain blocks of ``home``, at a point."""
 
-    def __init__(self, fn: Any, p: Point, space: Chart | None = None) -> None:
+    def __init__(self, fn: Any, p: Point, space: Chart | None = None, owner: Any = None) -> None:
         self.fn = fn
+        self.owner = fn if owner is None else owner  # whose output space it is
         self.p = p
         if isinstance(fn, Reparametrization):
             if p.chart.reference != fn.source.reference:
@@ -44,7 +45,7 @@ class _Map:
         value = self.fn(self.home.unpack(x))
         if isinstance(value, Tensor):
             if self.space is None:
-                self.space = output_space(self.fn, value.shape)
+                self.space = output_space(self.owner, value.shape)
         elif isinstance(value, dict):
             if self.space is None:
                 self.space = plain_chart(value)
@@ -67,19 +68,28 @@ class _Map:
 
 
 def jacobian(
-    fn: Any, *, space: Chart | None = None, mode: str | None = None, chunk_size: int | None = 64
-) -> Callable[[Any], Any]:
+    fn: Any,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    *,
+    space: Chart | None = None,
+    mode: str | None = None,
+    chunk_size: int | None = 64,
+) -> Callable[..., Any]:
     r"""The Jacobian :math:`\partial f^a/\partial\theta^i` of a map into a space, a two-point tensor of type [out^, θ_].
 
     Args:
         fn: a function of the plain components in the reference chart with values in a tensor (or dict of tensors), or a
             `Reparametrization` φ, whose Jacobian is of type [ψ^, θ_].
+        argnums: which argument of `fn` is differentiated; several for a tuple of them, as in ``torch.func.jacrev``.
+        has_aux: `fn` returns (value, aux); the result is then (Jacobian, aux).
         space: the chart of the output space. Default: one that belongs to `fn`.
         mode: "reverse" or "forward"; default: by the smaller of the two dimensions.
         chunk_size: how many rows or columns are computed at a time (bounds the memory); None for all.
 
     Returns:
-        A function of a point (in any chart) or of plain numbers.
+        A function of the arguments of `fn`: a point (in any chart) or plain numbers for those differentiated, the others as
+        they are.
 
     >>> import torch, geoad
     >>> geoad.jacobian(lambda x: torch.stack([x.sum(), x.prod()]))(torch.tensor([2.0, 3.0])).components
@@ -89,28 +99,48 @@ def jacobian(
     if isinstance(fn, ScalarField):
         raise VarianceError("the Jacobian of a scalar field is its differential, a Covector. Use geoad.grad(L)(p).")
 
-    def at(p: Any) -> GeoTensor:
-        point = as_point(p)
-        mapping = _Map(fn, point, space)
-        target, home = mapping.target(), mapping.home
-        layout = home.layout
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
-        def raveled(vector: Tensor) -> Tensor:
-            return mapping(layout.unravel(vector))
+    def at(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(fn, Reparametrization):
+            point = as_point(*args)
+            return _two_point(_Map(fn, point), point, mode, chunk_size)
+        indices = [index % len(args) for index in chosen]
+        points = {index: as_point(args[index]) for index in indices}
+        plain = [points[i].to(points[i].chart.reference).components if i in points else each for i, each in enumerate(args)]
 
-        reverse = mode == "reverse" or (mode is None and target.dim <= layout.dim)
-        x = layout.ravel(mapping.here.blocks)
-        if reverse:
-            data: Any = torch.func.jacrev(raveled, chunk_size=chunk_size)(x)
-        else:
-            data = _forward_columns(raveled, x, chunk_size)
-        axes = [Axis(target, True, target.dim), Axis(home, False, home.dim)]
-        result = GeoTensor(data, axes, mapping.here)
-        if isinstance(fn, Reparametrization) or point.chart == home:
-            return result
-        return result.to(point.chart)
+        def of(index: int) -> GeoTensor:
+            def alone(components: Any) -> Any:
+                value = fn(*plain[:index], components, *plain[index + 1 :], **kwargs)
+                return value[0] if has_aux else value
+
+            return _two_point(_Map(alone, points[index], space, owner=fn), points[index], mode, chunk_size)
+
+        result = of(indices[0]) if isinstance(argnums, int) else tuple(of(index) for index in indices)
+        return (result, fn(*plain, **kwargs)[1]) if has_aux else result
 
     return at
+
+
+def _two_point(mapping: _Map, point: Point, mode: str | None, chunk_size: int | None) -> GeoTensor:
+    """The Jacobian of the map, its lower axis in the chart of the point (of the source, for a change of chart)."""
+    target, home = mapping.target(), mapping.home
+    layout = home.layout
+
+    def raveled(vector: Tensor) -> Tensor:
+        return mapping(layout.unravel(vector))
+
+    reverse = mode == "reverse" or (mode is None and target.dim <= layout.dim)
+    x = layout.ravel(mapping.here.blocks)
+    if reverse:
+        data: Any = torch.func.jacrev(raveled, chunk_size=chunk_size)(x)
+    else:
+        data = _forward_columns(raveled, x, chunk_size)
+    axes = [Axis(target, True, target.dim), Axis(home, False, home.dim)]
+    result = GeoTensor(data, axes, mapping.here)
+    if isinstance(mapping.fn, Reparametrization) or point.chart == home:
+        return result
+    return result.to(point.chart)
 
 
 def _forward_columns(fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> Tensor:
@@ -123,22 +153,28 @@ def _forward_columns(fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int 
     return chunks.mT
 
 
-def jacrev(fn: Any, **options: Any) -> Callable[[Any], Any]:
+def jacrev(fn: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any) -> Callable[..., Any]:
     """`jacobian` by reverse mode."""
-    return jacobian(fn, mode="reverse", **options)
+    return jacobian(fn, argnums, has_aux, mode="reverse", **options)
 
 
-def jacfwd(fn: Any, **options: Any) -> Callable[[Any], Any]:
+def jacfwd(fn: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any) -> Callable[..., Any]:
     """`jacobian` by forward mode."""
-    return jacobian(fn, mode="forward", **options)
+    return jacobian(fn, argnums, has_aux, mode="forward", **options)
 
 
-def jvp(fn: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def jvp(fn: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False) -> tuple[Any, ...]:
     """(f(p), Df(p) v): drop-in for ``torch.func.jvp`` with Points for primals and Vectors for tangents.
 
     Plain primals take plain tangents. The results are what `fn` returns: plain tensors. For a `ScalarField` they are the value
-    and the derivative in the direction v, both invariant. For a typed result use `pushforward`.
+    and the derivative in the direction v, both invariant. For a typed result use `pushforward`. With ``has_aux`` the result is
+    (f(p), Df(p) v, aux).
     """
+    if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise GeometryError(
+            f"jvp takes tuples of primals and of tangents, as torch.func.jvp does; found {type(primals).__name__} and "
+            f"{type(tangents).__name__}. Write geoad.jvp(f, (p,), (v,))."
+        )
     if len(primals) != len(tangents):
         raise GeometryError(f"jvp needs one tangent for each primal, got {len(primals)} and {len(tangents)}.")
     if isinstance(fn, ScalarField):
@@ -154,7 +190,7 @@ def jvp(fn: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[A
     homes = [p.chart.reference for p in points]
     x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
     v = tuple(_tangent(p, t).to(home).components for p, t, home in zip(points, tangents, homes, strict=True))
-    result: Any = torch.func.jvp(fn, x, v)
+    result: Any = torch.func.jvp(fn, x, v, has_aux=has_aux)
     return result
 
 

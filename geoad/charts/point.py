@@ -12,7 +12,7 @@ from torch import Tensor
 from geoad.charts.chart import Chart, Components, makers, path
 from geoad.charts.reparametrization import Reparametrization
 from geoad.errors import BasePointError, ChartDomainError, ChartMismatchError, GeometryError, VarianceError
-from geoad.params import Blocks, axpy, equal, first, is_wrapped, map_blocks, register_pytree, sub
+from geoad.params import Blocks, equal, first, is_wrapped, map_blocks, register_pytree, sub
 from geoad.repr import blocks_summary
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Point:
     # -- straight lines of the reference chart -----------------------------------------------------------------------------
 
     def retract(self, v: Vector, t: float | Tensor = 1.0) -> Point:
-        """The point p + t v along the straight line of the reference chart, in the chart of p.
+        """The point p + t v along the straight line of the reference chart, in the chart of p; a batch for several times t.
 
         The line is the same in every chart, so a step taken with it is invariant. `v` is a `Vector` at this point.
         """
@@ -218,7 +218,7 @@ class Point:
             )
         home = self.chart.reference
         start = self.to(home)
-        moved = axpy(t, v.to(home).blocks, start.blocks)
+        moved = _blend(t, start, lambda s, block, step: block + s * step, v.to(home).blocks)
         return Point(home, moved).to(self.chart)
 
     def log(self, other: Point) -> Vector:
@@ -294,7 +294,7 @@ def over_batch(fn: Any, batch: int, *blocks: Blocks) -> Blocks:
 
 
 def interpolate(p: Point, q: Point, t: float | Tensor) -> Point:
-    """The point (1 - t) p + t q on the straight line of the reference chart, in the chart of p.
+    """The point (1 - t) p + t q on the straight line of the reference chart, in the chart of p; a batch for several times t.
 
     >>> import torch, geoad
     >>> xy = geoad.Chart({"x": (2,)}, name="xy")
@@ -308,9 +308,17 @@ def interpolate(p: Point, q: Point, t: float | Tensor) -> Point:
             f"the points belong to different manifolds (reference charts '{home.name}' and '{q.chart.reference.name}'), so "
             "there is no line between them. Interpolate points of one manifold."
         )
-    a, b = p.to(home).blocks, q.to(home).blocks
-    return Point(home, {name: torch.lerp(block, b[name], torch.as_tensor(t, dtype=block.dtype, device=block.device))
-                        for name, block in a.items()}).to(p.chart)  # fmt: skip
+    return Point(home, _blend(t, p.to(home), lambda s, a, b: torch.lerp(a, b, s), q.to(home).blocks)).to(p.chart)
+
+
+def _blend(t: float | Tensor, p: Point, fn: Callable[[Tensor, Tensor, Tensor], Tensor], other: Blocks) -> Blocks:
+    """``fn(t, block of p, other block)`` for every block; the axes of `t` are batch axes, never coordinates."""
+    blocks: Blocks = {}
+    for name, block in p.blocks.items():
+        times = torch.as_tensor(t, dtype=block.dtype, device=block.device)
+        times = times.reshape(*times.shape, *(1,) * len(p.chart.layout[name])) if times.ndim else times
+        blocks[name] = fn(times, block, other[name])
+    return blocks
 
 
 def _make_point(chart: Chart, components: Any) -> Point:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from geoad.params import Blocks, axpy, is_wrapped, scale
 from geoad.tensors import Form, Metric, as_operator
 from geoad.tensors.base import is_scalar
 
-__all__ = ["FormField", "FunctionMetric", "MetricField", "SumField"]
+__all__ = ["FormField", "FunctionMetric", "MetricField", "SumField", "over_points"]
 
 
 class FormField:
@@ -34,7 +35,8 @@ class FormField:
         definite: known to be positive definite everywhere.
     """
 
-    value_class: type[Form] = Form
+    type = (0, 2)
+    value_class: builtins.type[Form] = Form
     home: Chart
     chart: Chart
     constant: bool = False
@@ -55,10 +57,19 @@ class FormField:
         """The chart in which the value at p is computed."""
         return self.home
 
+    @property
+    def placed(self) -> bool:
+        """The field knows its chart; if not, `place` says it."""
+        return True
+
+    def place(self, chart: Chart) -> FormField:
+        """The same field, computed in `chart` if it did not know its chart yet."""
+        return self
+
     def __call__(self, p: Point) -> Any:
         here = require_point(p, self.home, f"a {type(self).__name__} field").to(self.home)
         if here.batch_shape:
-            return _over_batch(self, p)
+            return over_points(self, p)
         return self.value_class(p.chart, self.operator(here.blocks), p, home=self.home)
 
     def to(self, chart: Chart | Reparametrization) -> FormField:
@@ -84,6 +95,11 @@ class FormField:
                 "Use field + lam * geoad.metrics.Euclidean(chart)."
             )
         return SumField([(1.0, self), (1.0, other)])
+
+    def __radd__(self, other: Any) -> FormField:
+        if type(other) is int and other == 0:  # where sum(fields) starts
+            return self
+        return self + other  # raises
 
     def __sub__(self, other: Any) -> FormField:
         if not isinstance(other, FormField):
@@ -118,7 +134,9 @@ class MetricField(FormField):
     value_class = Metric
 
 
-def _over_batch(field: FormField, p: Point) -> Any:
+def over_points(field: Callable[[Point], Any], p: Point) -> Any:
+    """The values of a field at a batch of points."""
+
     def at(q: Point) -> Any:
         return field(q)
 
@@ -142,7 +160,8 @@ class SumField(MetricField):
 
     def __init__(self, terms: list[tuple[Factor, FormField]]) -> None:
         flat: list[tuple[Factor, FormField]] = []
-        for factor, field in terms:
+        known = next((field.home.reference for _, field in terms if field.placed), None)
+        for factor, field in terms if known is None else [(c, each.place(known)) for c, each in terms]:
             inner = field.terms if isinstance(field, SumField) else [(1.0, field)]
             flat.extend((factor * c, each) for c, each in inner)
         homes = {field.home for _, field in flat}

@@ -182,6 +182,9 @@ class ScalarField:
         home, a, b = self._with(other)
         return ScalarField(home, _Combined(torch.div, [a, b]))
 
+    def __rtruediv__(self, other: Any) -> ScalarField:
+        return self.map(torch.reciprocal) * other
+
     def __neg__(self) -> ScalarField:
         return self * -1.0
 

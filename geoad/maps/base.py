@@ -80,11 +80,11 @@ class Diffeomorphism(Numbers):
 
     def forward(self, x: Blocks) -> Blocks:
         """ψ = φ(θ)."""
-        raise NotImplementedError
+        raise _missing(self, "forward")
 
     def invert(self, y: Blocks) -> Blocks:
         """θ = φ⁻¹(ψ)."""
-        raise NotImplementedError
+        raise _missing(self, "invert")
 
     def outside_domain(self, x: Blocks) -> str | None:
         """The violated condition in words if θ = `x` is outside the domain, else None. Reads values."""
@@ -179,11 +179,11 @@ class BlockMap(Diffeomorphism):
 
     def value(self, x: Tensor) -> Tensor:
         """ψ = φ(θ)."""
-        raise NotImplementedError
+        raise _missing(self, "value")
 
     def inverse_value(self, y: Tensor) -> Tensor:
         """θ = φ⁻¹(ψ)."""
-        raise NotImplementedError
+        raise _missing(self, "inverse_value")
 
     def bad_domain(self, x: Tensor) -> str | None:
         """The violated condition, or None."""
@@ -254,6 +254,15 @@ class BlockMap(Diffeomorphism):
 
     def log_abs_det(self, x: Blocks, y: Blocks) -> Tensor:
         return self.log_abs_det_block(x[self.name], y[self.name])
+
+
+def _missing(recipe: Diffeomorphism, method: str) -> GeometryError:
+    return GeometryError(
+        f"{type(recipe).__name__} has no method `{method}`. A change of coordinates must be known in both directions, "
+        "for objects "
+        "move both ways. Give the subclass forward and invert, or (per block) value and inverse_value; everything else has a "
+        "default by autodiff."
+    )
 
 
 def need(condition: Tensor, words: str, values: Tensor) -> str | None:

@@ -17,15 +17,16 @@ __all__ = ["Asinh", "Atanh", "Elementwise", "Exp", "Identity", "Log", "Power", "
 class Elementwise(BlockMap):
     r"""ψ_i = f(θ_i): :math:`J = \operatorname{diag} f'(\theta)`.
 
-    A subclass gives `value`, `inverse_value` and `derivative`, the derivative f' at x where y = f(x) is known too.
+    A subclass gives `value` and `inverse_value`, and `derivative` where there is a closed form: f' at x, where y = f(x) is
+    known too.
     """
 
     elementwise = True
     monomial = True
 
     def derivative(self, x: Tensor, y: Tensor) -> Tensor:
-        """f'(x), in terms of whichever end is cheaper."""
-        raise NotImplementedError
+        """f'(x), in terms of whichever end is cheaper. Default: by autodiff."""
+        return torch.func.vjp(self.value, x)[1](torch.ones_like(x))[0]
 
     def log_derivative(self, x: Tensor, y: Tensor) -> Tensor:
         """log |f'(x)|."""

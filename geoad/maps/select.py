@@ -90,6 +90,12 @@ def bind(recipe: Recipe, layout: Layout) -> Diffeomorphism:
     """
     if isinstance(recipe, Diffeomorphism):
         recipe = {"*": recipe}
+    if not isinstance(recipe, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = f"the class {recipe.__name__}" if isinstance(recipe, type) else type(recipe).__name__
+        raise GeometryError(
+            f"a reparametrization is built from a map of geoad.maps or {{pattern: map}}, found {found}. A map is an instance, "
+            "geoad.maps.Softplus(); for a function of your own subclass geoad.maps.Elementwise."
+        )
     chosen: dict[str, list[str]] = {pattern: [] for pattern in recipe}
     for name in layout.names:
         for pattern, names in chosen.items():

@@ -25,9 +25,11 @@ class LossSource:
 
     def __init__(self, geo: GeoModule, loss: Callable[..., Tensor], data: Any, reduction: str) -> None:
         if reduction not in ("mean", "sum"):
+            found = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__  # pyright: ignore
             raise GeometryError(
-                f"reduction='{reduction}' is not known: a loss is a scalar, the 'mean' or the 'sum' over the samples. For "
-                "per-sample quantities use geoad.per_sample_grads."
+                f"reduction={found} is not known: a loss is a scalar, the 'mean' or the 'sum' over the samples. If "
+                "these are the "
+                "targets, pass the data as one argument: geo.loss(loss_fn, (x, y))."
             )
         if not callable(loss):
             raise GeometryError(

@@ -283,10 +283,10 @@ def require_same_place(a: TypedTensor, b: TypedTensor, operation: str) -> None:
             if same_manifold
             else "Their charts belong to different manifolds, so no map relates them; build both from the same reference chart."
         )
+        twins = " (two charts of the same name)" if a.chart.name == b.chart.name else ""
         raise ChartMismatchError(
-            f"cannot {operation}: {describe(a)} and {describe(b)}. Components in different charts are different numbers "
-            "for the "
-            f"same object. {remedy}"
+            f"cannot {operation}: {describe(a)} and {describe(b)}{twins}. Components in different charts are different numbers "
+            f"for the same object. {remedy}"
         )
     if not same_point(a.at, b.at):
         raise BasePointError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geoad import operators as ops
 from geoad.charts import Point, same_point
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.params import insert_axes
@@ -110,8 +112,9 @@ def contract(operands: list[Any], indices: list[list[str]], output: list[str]) -
     arrays, uses = _arrays(operands, indices)
     for letter, axes in uses.items():
         _check_index(letter, axes, letter in output, operands, indices)
-    data = _broadcast_einsum(arrays, indices, output, max([0] + [len(at.batch_shape) for at in points]))
     kept = [next((axis for axis in uses.get(letter, ()) if axis is not None), None) for letter in output]
+    _require_small([axis for axis in kept if axis is not None])
+    data = _broadcast_einsum(arrays, indices, output, max([0] + [len(at.batch_shape) for at in points]))
     leading = [axis is None for axis in kept]
     if leading != sorted(leading, reverse=True):
         raise VarianceError("einsum: batch axes must come before typed axes in the output. Reorder the letters behind '->'.")
@@ -149,7 +152,21 @@ def _broadcast_einsum(arrays: list[Tensor], indices: list[list[str]], output: li
         arrays = [insert_axes(a, points, most - n) if n else a for a, n in zip(arrays, batch, strict=True)]
     terms = [("..." if n else "") + "".join(letters) for n, letters in zip(batch, indices, strict=True)]
     front = "..." if most else ""
-    return torch.einsum(f"{','.join(terms)}->{front}{''.join(output)}", *arrays)
+    # torch contracts from left to right: what leaves no index first, or u_i w_j v^j would pass through a d × d matrix
+    order = sorted(range(len(arrays)), key=lambda i: (sum(letter in output for letter in indices[i]), sorted(indices[i])))
+    equation = ",".join(terms[i] for i in order)
+    return torch.einsum(f"{equation}->{front}{''.join(output)}", *(arrays[i] for i in order))
+
+
+def _require_small(axes: list[Axis]) -> None:
+    """Refuse a dense result that nobody could have meant."""
+    entries = math.prod(axis.size for axis in axes)
+    if len(axes) > 1 and entries > ops.DENSE_LIMIT**2:
+        raise GeometryError(
+            f"the contraction leaves {entries} components ({' × '.join(str(axis.size) for axis in axes)}). Above "
+            f"{ops.DENSE_LIMIT}² they are not made behind your back: contract with further vectors in the same call, "
+            "einsum('i,j,j->i', u, w, v), or take the outer product of .ravel() if you have the memory."
+        )
 
 
 def _matrix_vector(operands: list[Any], indices: list[list[str]], output: list[str]) -> tuple[list[Any], list[list[str]]]:
