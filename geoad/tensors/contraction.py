@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -153,14 +152,17 @@ def _broadcast_einsum(arrays: list[Tensor], indices: list[list[str]], output: li
     terms = [("..." if n else "") + "".join(letters) for n, letters in zip(batch, indices, strict=True)]
     front = "..." if most else ""
     # torch contracts from left to right: what leaves no index first, or u_i w_j v^j would pass through a d × d matrix
-    order = sorted(range(len(arrays)), key=lambda i: (sum(letter in output for letter in indices[i]), sorted(indices[i])))
-    equation = ",".join(terms[i] for i in order)
-    return torch.einsum(f"{equation}->{front}{''.join(output)}", *(arrays[i] for i in order))
+    if len(arrays) > 2:
+        order = sorted(range(len(arrays)), key=lambda i: (sum(letter in output for letter in indices[i]), sorted(indices[i])))
+        terms, arrays = [terms[i] for i in order], [arrays[i] for i in order]
+    return torch.einsum(f"{','.join(terms)}->{front}{''.join(output)}", *arrays)
 
 
 def _require_small(axes: list[Axis]) -> None:
     """Refuse a dense result that nobody could have meant."""
-    entries = math.prod(axis.size for axis in axes)
+    entries = 1
+    for axis in axes:
+        entries *= axis.size
     if len(axes) > 1 and entries > ops.DENSE_LIMIT**2:
         raise GeometryError(
             f"the contraction leaves {entries} components ({' × '.join(str(axis.size) for axis in axes)}). Above "
