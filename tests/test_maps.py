@@ -582,3 +582,23 @@ def test_softplus_is_exact_where_torch_is_not() -> None:
 def test_unbound_recipe_says_so() -> None:
     with pytest.raises(GeometryError, match="not bound to blocks yet"):
         maps.Coupling().forward({"x": torch.ones(2)})
+
+
+def test_polar_remembers_norms_of_the_same_point_only() -> None:
+    layout = Layout({"w": (3, 4)})
+    m = bind(maps.Polar(), layout)
+    y = m.forward({"w": torch.randn(3, 4)})
+    x, w = m.invert(y), {"w": torch.randn(3, 4)}
+    expected = m.pull_inverse({"w": x["w"].clone()}, y, w)["w"]  # another tensor: nothing is remembered
+    assert torch.allclose(m.pull_inverse(x, y, w)["w"], expected, rtol=1e-12)
+    x["w"].mul_(2.0)
+    y = m.forward({"w": x["w"].clone()})
+    assert torch.allclose(m.pull_inverse(x, y, w)["w"], m.pull_inverse({"w": x["w"].clone()}, y, w)["w"], rtol=1e-12)
+    z = m.invert(y)
+    z["w"].requires_grad_()
+    product = m.pull_inverse(z, m.forward(z), w)["w"].sum()
+    (slope,) = torch.autograd.grad(product, z["w"])
+    plain = torch.func.grad(lambda t: m.pull_inverse({"w": t}, m.forward({"w": t}), w)["w"].sum())
+    assert torch.allclose(slope, plain(z["w"].detach()), rtol=1e-9)
+    assert copy.deepcopy(m) is not m
+    assert isinstance(pickle.loads(pickle.dumps(m)), type(m))

@@ -10,13 +10,15 @@ block.
 from __future__ import annotations
 
 import math
-from typing import Literal
+import weakref
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
 from geoad.maps.base import BlockMap, need
+from geoad.params import is_wrapped
 
 __all__ = ["Polar"]
 
@@ -63,6 +65,7 @@ class Polar(BlockMap):
             )
         self.dim = dim
         self.kind = kind
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def prepare_block(self, shape: torch.Size) -> None:
         self._columns = self.dim == 0 and len(shape) > 1
@@ -89,6 +92,25 @@ class Polar(BlockMap):
         rows = rows.mT if self._columns else rows
         return rows.reshape(*rows.shape[:-2], *self.shape)
 
+    # -- the norms ρ_k of the last θ, which the inverse map makes and the products at the same point need -------------------
+
+    def _remember(self, x: Tensor, norms: Tensor) -> None:
+        if not (is_wrapped({"": x}) or x.requires_grad or x.is_inference()):
+            self._last = (weakref.ref(x, self._forget), x._version, norms)
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is gone:
+            self._last = None
+
+    def _recall(self, x: Tensor) -> Tensor | None:
+        if self._last is None or x.requires_grad or torch.compiler.is_compiling():
+            return None
+        known, version, norms = self._last
+        return norms if known() is x and version == x._version else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": None}
+
     # -- the map -----------------------------------------------------------------------------------------------------
 
     def value(self, x: Tensor) -> Tensor:
@@ -101,7 +123,12 @@ class Polar(BlockMap):
         if self._length == 1:
             return y
         rows = self._rows(y)
-        return self._block(_from_angles(rows) if self.kind == "hyperspherical" else _from_projection(rows))
+        if self.kind == "stereographic":
+            return self._block(_from_projection(rows))
+        found, norms = _from_angles(rows)
+        x = self._block(found)
+        self._remember(x, norms)
+        return x
 
     def bad_domain(self, x: Tensor) -> str | None:
         if self._length == 1:
@@ -136,7 +163,9 @@ class Polar(BlockMap):
 
     def _frame(self, x: Tensor, y: Tensor) -> _Angles | _Projection:
         rows, radius = self._rows(x), self._rows(y)[..., :1]
-        return _Angles(rows, radius) if self.kind == "hyperspherical" else _Projection(rows, radius)
+        if self.kind == "stereographic":
+            return _Projection(rows, radius)
+        return _Angles(rows, radius, self._recall(x))
 
     def push_block(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         if self._length == 1:
@@ -196,12 +225,13 @@ def _to_angles(x: Tensor) -> Tensor:
     return torch.cat([norms[..., :1], torch.atan2(opposite, x[..., :-1])], dim=-1)
 
 
-def _from_angles(y: Tensor) -> Tensor:
+def _from_angles(y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the norms ρ_k."""
     radius, angles = y[..., :1], y[..., 1:]
     sines = angles.sin()
     # the product of the sines as a sum of logarithms: differentiable by every transform at the cost of a pass
     norms = radius * torch.cat([torch.ones_like(radius), sines[..., :-1].log().cumsum(-1).exp()], dim=-1)
-    return torch.cat([norms * angles.cos(), norms[..., -1:] * sines[..., -1:]], dim=-1)
+    return torch.cat([norms * angles.cos(), norms[..., -1:] * sines[..., -1:]], dim=-1), norms
 
 
 class _Angles:
@@ -212,10 +242,10 @@ class _Angles:
     sign.
     """
 
-    def __init__(self, x: Tensor, radius: Tensor) -> None:
+    def __init__(self, x: Tensor, radius: Tensor, norms: Tensor | None = None) -> None:
         self.x = x
         self.head = x[..., :-1]
-        self.norms = _norms_from(x, radius.detach())
+        self.norms = _norms_from(x, radius.detach()) if norms is None else norms
         self.opposite = torch.cat([self.norms[..., 1:], x[..., -1:]], dim=-1)
 
     def log_scales(self) -> Tensor:
