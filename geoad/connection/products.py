@@ -32,6 +32,15 @@ def _slope(fn: Callable[[Blocks], Tensor], x: Blocks) -> Blocks:
     return torch.func.grad(fn)(x)
 
 
+def _over_terms(field: SumField, like: Blocks, product: Callable[[FormField], Blocks]) -> Blocks:
+    """Σ c · product(term): the connection is linear in the metric, and constant terms have none."""
+    total = zeros_like(like)
+    for factor, term in field.parts_at_home():
+        if not term.constant:
+            total = axpy(factor, product(term), total)
+    return total
+
+
 @singledispatch
 def contracted(field: FormField, x: Blocks, v: Blocks, w: Blocks) -> Blocks:
     """w^k Γ_{k;ij} v^i = ½ [grad(wᵀG v) + D_v(G w) - D_w(G v)]_j, with w and v held constant."""
@@ -45,11 +54,7 @@ def contracted(field: FormField, x: Blocks, v: Blocks, w: Blocks) -> Blocks:
 
 @contracted.register
 def _(field: SumField, x: Blocks, v: Blocks, w: Blocks) -> Blocks:
-    total = zeros_like(v)
-    for factor, term in field.parts_at_home():
-        if not term.constant:
-            total = axpy(factor, contracted(term, x, v, w), total)
-    return total
+    return _over_terms(field, v, lambda term: contracted(term, x, v, w))
 
 
 @singledispatch
@@ -65,8 +70,4 @@ def first_kind(field: FormField, x: Blocks, u: Blocks, v: Blocks) -> Blocks:
 
 @first_kind.register
 def _(field: SumField, x: Blocks, u: Blocks, v: Blocks) -> Blocks:
-    total = zeros_like(v)
-    for factor, term in field.parts_at_home():
-        if not term.constant:
-            total = axpy(factor, first_kind(term, x, u, v), total)
-    return total
+    return _over_terms(field, v, lambda term: first_kind(term, x, u, v))

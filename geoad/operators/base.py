@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from geoad.params import Blocks, Layout, axpy, detach, dot, first, insert_axes, map_blocks, scale
+from geoad.params import Blocks, Layout, axpy, detach, first, insert_axes, map_blocks, scale
 
 __all__ = ["Dense", "Detached", "Diagonal", "Implicit", "LinearOperator", "Multiple", "Product", "Sum", "Transpose"]
 
@@ -246,8 +246,3 @@ class Detached(LinearOperator):
 
     def rmv(self, w: Blocks) -> Blocks:
         return detach(self.operator.rmv(w))
-
-
-def quadratic(operator: LinearOperator, u: Blocks, v: Blocks) -> Tensor:
-    """uᵀ A v."""
-    return dot(u, operator.mv(v))

@@ -16,7 +16,7 @@ from geoad.errors import ChartDomainError, GeometryError
 from geoad.maps.base import Diffeomorphism
 from geoad.maps.select import bind
 from geoad.params import Blocks, Layout
-from geoad.testing.recipes import generic_blocks
+from geoad.testing.recipes import dense_jacobian, generic_blocks
 
 __all__ = ["DiffeomorphismConformance"]
 
@@ -73,7 +73,7 @@ class DiffeomorphismConformance(ABC):
         bound, layout = self._bound(), Layout(self.layout)
         for seed, x in enumerate(self._points()):
             y, v = bound.forward(x), self._direction(seed)
-            jacobian = _dense(bound, x)
+            jacobian = dense_jacobian(bound, x)
             inverse = torch.linalg.inv(jacobian)
             flat = layout.ravel(v)
             for product, matrix, words in (
@@ -89,7 +89,7 @@ class DiffeomorphismConformance(ABC):
         bound = self._bound()
         for x in self._points():
             found = bound.log_abs_det(x, bound.forward(x))
-            expected = torch.linalg.slogdet(_dense(bound, x)).logabsdet
+            expected = torch.linalg.slogdet(dense_jacobian(bound, x)).logabsdet
             _require(found.shape == (), f"log_abs_det returns the shape {tuple(found.shape)}, wanted is a scalar")
             gap = abs(float(found - expected))
             _require(
@@ -114,7 +114,7 @@ class DiffeomorphismConformance(ABC):
     def test_flags(self) -> None:
         """`elementwise`, `blockwise`, `monomial` and `linear` say the truth: transport of structure relies on them."""
         bound, layout = self._bound(), Layout(self.layout)
-        matrices = [_dense(bound, x) for x in self._points()]
+        matrices = [dense_jacobian(bound, x) for x in self._points()]
         for matrix in matrices:
             entries = matrix.abs() > 1e-12 * matrix.abs().max()
             if bound.elementwise:
@@ -245,13 +245,3 @@ class DiffeomorphismConformance(ABC):
 def _require(condition: bool, words: str) -> None:
     if not condition:
         raise AssertionError(words)
-
-
-def _dense(bound: Diffeomorphism, x: Blocks) -> Tensor:
-    layout = bound.bound_layout()
-
-    def raveled(vector: Tensor) -> Tensor:
-        return layout.ravel(bound.forward(layout.unravel(vector)))
-
-    result: Any = torch.func.jacrev(raveled)(layout.ravel(x))
-    return result

@@ -18,7 +18,7 @@ from geoad.maps.base import Diffeomorphism
 from geoad.maps.select import Recipe, bind
 from geoad.params import Blocks, Layout
 
-__all__ = ["RECIPES", "applicable", "condition", "generic_blocks", "inside", "standard_charts"]
+__all__ = ["RECIPES", "applicable", "condition", "dense_jacobian", "generic_blocks", "inside", "standard_charts"]
 
 Maker = Callable[[torch.Generator], Recipe]
 
@@ -82,7 +82,8 @@ def generic_blocks(layout: Layout, seed: int, batch: Sequence[int] = (), dtype: 
     return layout.unravel((size * sign).to(dtype))
 
 
-def _dense(bound: Diffeomorphism, x: Blocks) -> Tensor:
+def dense_jacobian(bound: Diffeomorphism, x: Blocks) -> Tensor:
+    """∂φ/∂θ at x, (d, d) in the order of the layout, by autodiff of `forward` alone."""
     layout = bound.bound_layout()
 
     def raveled(vector: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def condition(phi: Reparametrization | Chart | Diffeomorphism, p: Point | Blocks
         p = p.to(phi.source).blocks
     bound = phi.map if isinstance(phi, Reparametrization) else phi
     with torch.no_grad():
-        return round(float(torch.linalg.cond(_dense(bound, p))), 10)
+        return round(float(torch.linalg.cond(dense_jacobian(bound, p))), 10)
 
 
 def inside(bound: Diffeomorphism, x: Blocks, max_condition: float) -> bool:
