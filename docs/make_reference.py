@@ -15,6 +15,7 @@ PAGE = Path(__file__).with_name("reference.md")
 MODULES = (
     "geoad",
     "geoad.maps",
+    "geoad.atlases",
     "geoad.metrics",
     "geoad.curvature",
     "geoad.optim",

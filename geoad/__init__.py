@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from geoad import atlases as atlases
 from geoad import curvature as curvature
 from geoad import errors as errors
 from geoad import maps as maps
@@ -21,12 +22,14 @@ from geoad.autodiff import pushforward as pushforward
 from geoad.autodiff import riemannian_grad as riemannian_grad
 from geoad.autodiff import value_and_grad as value_and_grad
 from geoad.autodiff import vjp as vjp
+from geoad.charts import Atlas as Atlas
 from geoad.charts import Chart as Chart
 from geoad.charts import Point as Point
 from geoad.charts import Reparametrization as Reparametrization
 from geoad.charts import interpolate as interpolate
 from geoad.connection import christoffel as christoffel
 from geoad.connection import covariant_derivative as covariant_derivative
+from geoad.connection import flow as flow
 from geoad.connection import geodesic as geodesic
 from geoad.connection import parallel_transport as parallel_transport
 from geoad.errors import BasePointError as BasePointError
@@ -48,9 +51,11 @@ from geoad.tensors import Density as Density
 from geoad.tensors import Endomorphism as Endomorphism
 from geoad.tensors import Form as Form
 from geoad.tensors import GeoTensor as GeoTensor
+from geoad.tensors import HorizontalMetric as HorizontalMetric
 from geoad.tensors import LogDensity as LogDensity
 from geoad.tensors import Metric as Metric
 from geoad.tensors import Vector as Vector
+from geoad.tensors import quotient_logdet as quotient_logdet
 from geoad.tensors.save import from_state as from_state
 from geoad.tensors.save import load as load
 from geoad.tensors.save import save as save

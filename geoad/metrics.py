@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Chart, Point, Reparametrization
+from geoad.charts import Chart, Point, Reparametrization, flat_reference
 from geoad.errors import GeometryError, SingularMetricError
 from geoad.fields.metric import FieldOperator, FormField, MetricField
+from geoad.kernels import products
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, first
 from geoad.tensors import as_operator
@@ -141,7 +142,7 @@ class Pullback(MetricField):
         return super().__repr__() if "home" in self.__dict__ else "Pullback(in the reference chart of its point)"
 
     def home_at(self, p: Point) -> Chart:
-        return self.home if self.placed else p.chart.reference
+        return self.home if self.placed else self.place(p.chart.reference).home
 
     def __call__(self, p: Point) -> Any:
         if not self.placed:
@@ -153,7 +154,10 @@ class Pullback(MetricField):
         return "home" in self.__dict__
 
     def place(self, chart: Chart) -> FormField:
-        return self if self.placed else Pullback(*self.given, chart=chart)
+        if self.placed:
+            return self
+        what, remedy = "a pull-back of a map of plain components", "metrics.Pullback(map, metric, chart=...)"
+        return Pullback(*self.given, chart=flat_reference(chart, what, remedy))
 
     def __mul__(self, factor: Any) -> FormField:
         if not self.placed and is_scalar(factor):  # Jᵀ(cA)J
@@ -175,7 +179,5 @@ class Pullback(MetricField):
         return FieldOperator(self, x)
 
     def product(self, x: Blocks, v: Blocks) -> Blocks:
-        both: Any = torch.func.jvp(self.map, (x,), (v,))
-        y, velocity = both
-        pull: Any = torch.func.vjp(self.map, x)[1]
-        return pull(self.metric.product(y, velocity))[0]
+        y, velocity = products.jvp(self.map, x, v)
+        return products.vjp(self.map, x)[1](self.metric.product(y, velocity))

@@ -25,12 +25,14 @@ __all__ = [
     "dot",
     "equal",
     "first",
+    "flatten",
     "insert_axes",
     "is_wrapped",
     "map_blocks",
     "register_pytree",
     "scale",
     "sub",
+    "unwrapped",
     "zeros_like",
 ]
 
@@ -230,6 +232,21 @@ def _unwrap(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def unwrapped(a: Blocks) -> Blocks | None:
+    """`a` as plain values, cut from the graph, where they can be read: inside of jvp and grad, not of vmap or compile."""
+    if not is_wrapped(a):
+        return detach(a) if any(block.requires_grad for block in a.values()) else a
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    plain: Blocks = {}
+    for name, block in a.items():
+        while functorch.is_functorch_wrapped_tensor(block):
+            if functorch.is_batchedtensor(block):
+                return None
+            block = functorch.get_unwrapped(block)
+        plain[name] = block.detach()
+    return None if torch.compiler.is_compiling() else plain
+
+
 def equal(a: Blocks, b: Blocks) -> bool:
     """True if all values agree bit for bit (looks through functorch wrappers)."""
     if a is b:
@@ -255,6 +272,12 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if kind is None or not a.is_floating_point() or not bool(a.isnan().any()):
         return False
     return torch.equal(a.view(kind), b.view(kind))
+
+
+def flatten(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves of nested containers (what is registered as a pytree), and what builds the same containers of other leaves."""
+    leaves, spec = pytree.tree_flatten(tree)
+    return leaves, lambda others: pytree.tree_unflatten(list(others), spec)
 
 
 def register_pytree(

@@ -697,6 +697,9 @@ def test_buffers_train_and_eval() -> None:
     geo.train()
     kept = net[1].running_mean.clone()
     L = geo.loss(lambda out: out.square().mean(), X)
+    with pytest.raises(geoad.UnsupportedModuleError, match="Dropout"):
+        geoad.grad(L)(geo.point())
+    net[2].eval()
     geoad.grad(L)(geo.point())  # a function of the point: running statistics stay
     assert torch.equal(net[1].running_mean, kept)
     assert net[1].num_batches_tracked == 1

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoad.autodiff.inputs import as_point
-from geoad.charts import Point
+from geoad.autodiff.inputs import as_point, plain_home
+from geoad.charts import Chart, Point, flat_reference, same_manifold, station
 from geoad.fields.metric import FormField
 from geoad.fields.scalar import ScalarField, require_point
-from geoad.kernels import derivatives
+from geoad.kernels import derivatives, products
 from geoad.params import Blocks
 from geoad.tensors import Covector, Vector, reference_metric
 
@@ -29,11 +29,12 @@ class Differential:
         self.chart = field.chart
 
     def __call__(self, p: Point) -> Any:
-        home = self.field.home
-        here = require_point(p, home, "a differential").to(home)
+        field = self.field.local(require_point(p, self.field.home, "a differential"))
+        home = field.home
+        here = p.to(home)
 
         def at(x: Blocks) -> tuple[Tensor, Blocks]:
-            return derivatives.value_and_gradient(self.field.parts(), x)
+            return derivatives.value_and_gradient(field.parts(), x)
 
         for _ in here.batch_shape:
             at = torch.func.vmap(at)
@@ -82,7 +83,7 @@ def _drop_in(fn: Callable[..., Any], argnums: Argnums, has_aux: bool, with_value
         points = {i % len(args): as_point(args[i]) for i in chosen}
         plain = list(args)
         for i, point in points.items():
-            plain[i] = point.to(point.chart.reference).components
+            plain[i] = point.to(plain_home(point)).components
         slopes, (value, aux) = _gradient(fn, chosen, has_aux)(*plain, **kwargs)
         typed = tuple(_covector(points[i % len(args)], slope) for i, slope in zip(chosen, slopes, strict=True))
         result: Any = typed[0] if isinstance(argnums, int) else typed
@@ -101,12 +102,26 @@ def _gradient(fn: Callable[..., Any], chosen: Sequence[int], has_aux: bool) -> C
         checked = derivatives.require_scalar(value)
         return checked, (checked, aux)
 
-    return torch.func.grad(with_value, argnums=tuple(chosen), has_aux=True)
+    def differential(*args: Any, **kwargs: Any) -> Any:
+        def partial(these: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, Any]]:
+            plain = list(args)
+            for i, each in zip(chosen, these, strict=True):
+                plain[i] = each
+            return with_value(*plain, **kwargs)
+
+        return products.gradient(partial, tuple(args[i] for i in chosen))
+
+    return differential
 
 
 def _covector(point: Point, components: Any) -> Covector:
-    home = point.chart.reference
+    home = plain_home(point)
     return Covector(home, home.pack(components), point.to(home)).to(point.chart)
+
+
+def _default_home(point: Point) -> Chart:
+    root = flat_reference(point.chart, "the gradient without a metric", "geoad.riemannian_grad(L, metric)")
+    return station(root, point.chart)
 
 
 def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[..., Vector]:
@@ -120,8 +135,8 @@ def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[..., V
     def gradient(p: Any, *args: Any, **kwargs: Any) -> Vector:
         point = as_point(p)
         # everything is computed where the metric is, and the result moves once
-        home = point.chart.reference if metric is None else metric.home_at(point)
-        slope = differential(point.to(home) if home.reference == point.chart.reference else point, *args, **kwargs)
+        home = _default_home(point) if metric is None else metric.home_at(point)
+        slope = differential(point.to(home) if same_manifold(home, point.chart) else point, *args, **kwargs)
         here = reference_metric(slope) if metric is None else metric(slope.at)
         return here.sharp(slope).to(point.chart)
 

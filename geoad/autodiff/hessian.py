@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from geoad import operators as ops
-from geoad.charts import Point
+from geoad.charts import Point, flat_reference, same_manifold, station
 from geoad.connection.products import contracted
 from geoad.errors import ChartMismatchError, VarianceError
-from geoad.fields.metric import FormField, over_points
+from geoad.fields.metric import FormField, over_points, require_connection
 from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels import derivatives
+from geoad.metrics import Euclidean
 from geoad.params import Blocks, sub
-from geoad.tensors import Covector, Form, Metric
+from geoad.tensors import Covector, Form, Metric, seen_from
 
 __all__ = ["FieldHessian", "HessianOperator", "RiemannianHessianOperator"]
 
@@ -51,27 +52,41 @@ class FieldHessian:
                 "the metric, so its "
                 "value at one point is not enough; pass for instance geoad.metrics.Euclidean(chart) or a curvature field."
             )
-        if metric is not None and metric.home.reference != field.home.reference:
+        if metric is not None and not same_manifold(metric.home, field.home):
             raise ChartMismatchError(
                 f"the function lives on the manifold of chart '{field.home.reference.name}', the metric on that of "
                 f"'{metric.home.reference.name}'. Use a metric on the same manifold."
             )
-        self.metric = metric
-        home = field.home.reference if metric is None else metric.home
-        self.field = field.in_home(home)
+        self.metric, self.given = metric, field
         self.chart = field.chart
+        if metric is None:
+            flat_reference(field.home, "a Hessian without a metric", "geoad.hessian(L, metric)")
+
+    def local(self, p: Point) -> tuple[ScalarField, FormField | None]:
+        """Function and metric as they are computed at p, in one chart; None for the flat metric of that chart."""
+        metric, field = self.metric, self.given.local(p)
+        if metric is not None:
+            metric = metric.local(p)
+        elif station(field.home.reference, p.chart) != field.home.reference:
+            metric = Euclidean(field.home.reference).local(p)
+        home = field.home.reference if metric is None else metric.home
+        if metric is not None:
+            require_connection(metric, "a Hessian")
+            p.to(field.home)  # raises where the function has no value
+        return field.in_home(home), metric
 
     def __call__(self, p: Point) -> Form:
-        home = self.field.home
-        here = require_point(p, home, "a Hessian").to(home)
+        field, metric_field = self.local(require_point(p, self.given.home, "a Hessian"))
+        home = field.home
+        here = p.to(home)
         if here.batch_shape:
             return over_points(self, p)
-        if self.metric is None or self.metric.constant:
-            op: ops.LinearOperator = HessianOperator(self.field, here.blocks)
+        if metric_field is None or metric_field.constant:
+            op: ops.LinearOperator = HessianOperator(field, here.blocks)
         else:
-            slope = Covector(home, derivatives.gradient(self.field.parts(), here.blocks), here)
-            metric = self.metric(here)
+            slope = Covector(home, derivatives.gradient(field.parts(), here.blocks), here)
+            metric = metric_field(here)
             if not isinstance(metric, Metric):
                 raise VarianceError("the connection belongs to a metric; this field is a form that may be indefinite.")
-            op = RiemannianHessianOperator(self.field, self.metric, here.blocks, metric.sharp(slope).blocks)
-        return Form(p.chart, op, p, home=home)
+            op = RiemannianHessianOperator(field, metric_field, here.blocks, metric.sharp(slope).blocks)
+        return seen_from(Form, home, op, p)

@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from geoad.charts import Chart, Point
+from geoad.charts import Chart, Point, flat_reference
 from geoad.errors import GeometryError, VarianceError
 from geoad.params import Layout
 from geoad.tensors.base import TypedTensor, describe
 
-__all__ = ["as_point", "output_space", "plain_chart"]
+__all__ = ["as_point", "output_space", "plain_chart", "plain_home"]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -46,6 +46,12 @@ def plain_chart(x: Any) -> Chart:
 def as_point(x: Any) -> Point:
     """A `Point` as it is; plain numbers as a point of their own reference chart."""
     return x if isinstance(x, Point) else plain_chart(x).point(x)
+
+
+def plain_home(p: Point) -> Chart:
+    """The chart in which plain functions take their components: the reference chart of p; on an atlas there is none."""
+    what = "a function of plain components"
+    return flat_reference(p.chart, what, "atlas.scalar_field({chart: fn, ...}), or chart.scalar_field(fn) in one of them")
 
 
 _spaces: weakref.WeakKeyDictionary[Any, dict[torch.Size, Chart]] = weakref.WeakKeyDictionary()

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.autodiff.inputs import as_point, output_space, plain_chart
-from geoad.charts import Chart, Point, Reparametrization
+from geoad.autodiff.inputs import as_point, output_space, plain_chart, plain_home
+from geoad.charts import Chart, Point, Reparametrization, same_manifold
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
 from geoad.fields.scalar import ScalarField
+from geoad.kernels import products
+from geoad.kernels.ladder import visit
 from geoad.metrics import Pullback
 from geoad.params import Blocks
 from geoad.tensors import Axis, Covector, Form, GeoTensor, Metric, Vector, describe
@@ -31,15 +33,16 @@ class _Map:
         self.owner = fn if owner is None else owner  # whose output space it is
         self.p = p
         if isinstance(fn, Reparametrization):
-            if p.chart.reference != fn.source.reference:
+            if not same_manifold(p.chart, fn.source):
                 raise ChartMismatchError(f"the map starts in chart '{fn.source.name}', the point is in chart '{p.chart.name}'.")
             self.home, self.space = fn.source, fn.target
         else:
-            self.home, self.space = p.chart.reference, space
+            self.home, self.space = plain_home(p), space
         self.here = p.to(self.home)
 
     def __call__(self, x: Blocks) -> Tensor:
         """The raveled value; remembers the space it lies in."""
+        visit(self.owner)
         if isinstance(self.fn, Reparametrization):
             return self.fn.target.layout.ravel(self.fn.map.forward(x))
         value = self.fn(self.home.unpack(x))
@@ -107,7 +110,7 @@ def jacobian(
             return _two_point(_Map(fn, point), point, mode, chunk_size)
         indices = [index % len(args) for index in chosen]
         points = {index: as_point(args[index]) for index in indices}
-        plain = [points[i].to(points[i].chart.reference).components if i in points else each for i, each in enumerate(args)]
+        plain = [points[i].to(plain_home(points[i])).components if i in points else each for i, each in enumerate(args)]
 
         def of(index: int) -> GeoTensor:
             def alone(components: Any) -> Any:
@@ -133,7 +136,7 @@ def _two_point(mapping: _Map, point: Point, mode: str | None, chunk_size: int | 
     reverse = mode == "reverse" or (mode is None and target.dim <= layout.dim)
     x = layout.ravel(mapping.here.blocks)
     if reverse:
-        data: Any = torch.func.jacrev(raveled, chunk_size=chunk_size)(x)
+        data = _reverse_rows(raveled, x, chunk_size)
     else:
         data = _forward_columns(raveled, x, chunk_size)
     axes = [Axis(target, True, target.dim), Axis(home, False, home.dim)]
@@ -146,11 +149,13 @@ def _two_point(mapping: _Map, point: Point, mode: str | None, chunk_size: int | 
 def _forward_columns(fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> Tensor:
     eye = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
 
-    def column(v: Tensor) -> Tensor:
-        return torch.func.jvp(fn, (x,), (v,))[1]
+    columns: Tensor = products.mapped(lambda v: products.jvp(fn, x, v)[1], eye, chunk_size)
+    return columns.mT
 
-    chunks: Any = torch.func.vmap(column, chunk_size=chunk_size)(eye)
-    return chunks.mT
+
+def _reverse_rows(fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> Tensor:
+    value, pull = products.vjp(fn, x)
+    return products.mapped(pull, torch.eye(value.numel(), dtype=value.dtype, device=value.device), chunk_size)
 
 
 def jacrev(fn: Any, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, **options: Any) -> Callable[..., Any]:
@@ -184,14 +189,12 @@ def jvp(fn: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux
         def plain(x: Blocks) -> Tensor:
             return torch.stack([coefficient * part(x) for coefficient, part in field.parts()]).sum()
 
-        both: Any = torch.func.jvp(plain, (p.to(field.home).blocks,), (v.blocks,))
-        return both
+        return products.jvp(plain, p.to(field.home).blocks, v.blocks)
     points = [as_point(x) for x in primals]
-    homes = [p.chart.reference for p in points]
+    homes = [plain_home(p) for p in points]
     x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
     v = tuple(_tangent(p, t).to(home).components for p, t, home in zip(points, tangents, homes, strict=True))
-    result: Any = torch.func.jvp(fn, x, v, has_aux=has_aux)
-    return result
+    return products.jvp(lambda args: fn(*args), x, v, has_aux)
 
 
 def _tangent(p: Point, v: Any) -> Vector:
@@ -216,14 +219,14 @@ def vjp(fn: Any, *primals: Any, has_aux: bool = False) -> Any:
     primal), in the chart of that primal. With ``has_aux`` the result is (f(p), pull, aux).
     """
     points = [as_point(x) for x in primals]
-    homes = [p.chart.reference for p in points]
+    homes = [plain_home(p) for p in points]
     x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
     if isinstance(fn, ScalarField):
         fn = fn.function(homes[0])
-    value, pull_plain, *aux = torch.func.vjp(fn, *x, has_aux=has_aux)
+    value, pull_plain, *aux = products.vjp(lambda args: fn(*args), x, has_aux)
 
     def pull(*cotangents: Any) -> Any:
-        slopes = pull_plain(*cotangents)
+        slopes = pull_plain(cotangents[0] if len(cotangents) == 1 else cotangents)
         typed = tuple(
             Covector(home, home.pack(slope), p.to(home)).to(p.chart)
             for slope, p, home in zip(slopes, points, homes, strict=True)
@@ -242,8 +245,7 @@ def pushforward(fn: Any, v: Vector, *, space: Chart | None = None) -> Any:
             "vector of a covector use metric.sharp."
         )
     mapping = _Map(fn, v.at, space)
-    both: Any = torch.func.jvp(mapping, (mapping.here.blocks,), (v.to(mapping.home).blocks,))
-    value, velocity = both
+    value, velocity = products.jvp(mapping, mapping.here.blocks, v.to(mapping.home).blocks)
     target = mapping.target()
     point = mapping.here.to(target) if isinstance(fn, Reparametrization) else target.point(target.layout.unravel(value))
     return Vector(target, target.layout.unravel(velocity), point)
@@ -257,7 +259,7 @@ def pullback(fn: Any, tensor: Any, *, at: Point | None = None) -> Any:
     * a `Covector`, `Form` or `Metric` at the point f(p) gives Jᵀω or JᵀBJ at p = `at` (with a `Reparametrization` it is known).
     """
     if isinstance(tensor, FormField):
-        return Pullback(fn, tensor, at.chart.reference if at is not None else None)
+        return Pullback(fn, tensor, plain_home(at) if at is not None else None)
     if at is None and isinstance(fn, Reparametrization) and isinstance(tensor, TypedTensor):
         at = tensor.at.to(fn.source)
     if isinstance(tensor, ScalarField):
@@ -283,7 +285,7 @@ def _pullback_scalar(fn: Any, field: ScalarField, at: Point | None) -> ScalarFie
     if at is None:
         raise BasePointError("pulling back a function by a plain map needs to know the manifold: pass at=p, any point of it.")
     outer = field.function(field.home)
-    return at.chart.reference.scalar_field(lambda components: outer(fn(components)))
+    return plain_home(at).scalar_field(lambda components: outer(fn(components)))
 
 
 class _PullbackOperator(ops.Implicit):
@@ -295,14 +297,14 @@ class _PullbackOperator(ops.Implicit):
 
     def mv(self, v: Blocks) -> Blocks:
         layout = self.form.chart.layout
-        velocity = torch.func.jvp(self.mapping, (self.x,), (v,))[1]
+        velocity = products.jvp(self.mapping, self.x, v)[1]
         image = layout.ravel(self.form.operator.mv(layout.unravel(velocity)))
-        return torch.func.vjp(self.mapping, self.x)[1](image)[0]
+        return products.vjp(self.mapping, self.x)[1](image)
 
 
 def _pullback_tensor(mapping: _Map, tensor: Covector | Rank2, at: Point) -> Any:
     if isinstance(tensor, Covector):
-        slope = torch.func.vjp(mapping, mapping.here.blocks)[1](tensor.ravel())[0]
+        slope = products.vjp(mapping, mapping.here.blocks)[1](tensor.ravel())
         return Covector(mapping.home, slope, mapping.here).to(at.chart)
     cls = Metric if isinstance(tensor, Metric) else Form
     return cls(at.chart, _PullbackOperator(mapping, tensor), at, home=mapping.home)

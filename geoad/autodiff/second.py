@@ -9,11 +9,11 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad.autodiff.hessian import FieldHessian
-from geoad.autodiff.inputs import as_point
+from geoad.autodiff.inputs import as_point, plain_home
 from geoad.errors import VarianceError
 from geoad.fields.metric import FormField
 from geoad.fields.scalar import FunctionSource, ScalarField
-from geoad.tensors import Axis, Form, GeoTensor, Metric, describe, require_same_place
+from geoad.tensors import Axis, Form, GeoTensor, HorizontalMetric, Metric, describe, require_same_place
 from geoad.tensors.rank2 import common_home
 
 __all__ = ["eigh", "hessian"]
@@ -46,7 +46,7 @@ def hessian(fn: Any, metric: FormField | None = None, argnums: int = 0, has_aux:
     def at(*args: Any, **kwargs: Any) -> Any:
         index = argnums % len(args)
         point = as_point(args[index])
-        home = point.chart.reference
+        home = plain_home(point)
 
         def plain(components: Any) -> Tensor:
             plain_args = (*args[:index], components, *args[index + 1 :])
@@ -62,12 +62,15 @@ def hessian(fn: Any, metric: FormField | None = None, argnums: int = 0, has_aux:
     return at
 
 
-def eigh(form: Form, metric: Metric, k: int | None = None, which: str = "largest") -> tuple[Tensor, GeoTensor]:
+def eigh(
+    form: Form, metric: Metric | HorizontalMetric, k: int | None = None, which: str = "largest"
+) -> tuple[Tensor, GeoTensor]:
     """Eigenvalues of a symmetric form B with respect to a metric G, B u = λ G u, and a G-orthonormal frame of eigenvectors.
 
     Returns:
         (values, frame): values descending (``which`` = "largest", "smallest" or "magnitude"), the first k only if `k` is given;
         the frame is of type [^, F], its columns are vectors with G(u_a, u_b) = δ_ab. The values are the same in every chart.
+        In redundant coordinates they are those over the horizontal space.
 
     >>> import torch, geoad
     >>> x = geoad.Chart({"x": (2,)}, name="x")
@@ -76,7 +79,7 @@ def eigh(form: Form, metric: Metric, k: int | None = None, which: str = "largest
     >>> geoad.eigh(B, metric=G)[0]
     tensor([4.0000, 3.0000])
     """
-    if not isinstance(metric, Metric):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(metric, (Metric, HorizontalMetric)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise VarianceError(
             f"eigenvalues of a form need a metric, found {describe(metric)}. Without one they depend on the chart. Pass "
             "metric=G, the "

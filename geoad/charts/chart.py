@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from geoad.errors import ChartDomainError, ChartMismatchError, GeometryError
+from geoad.errors import ChartDomainError, GeometryError
+from geoad.maps.domain import Domain, DomainLike
 from geoad.maps.select import Recipe, bind
 from geoad.params import Blocks, Layout, is_wrapped
 
 if TYPE_CHECKING:
+    from geoad.charts.atlas import Atlas
     from geoad.charts.point import Point
     from geoad.charts.reparametrization import Reparametrization
     from geoad.fields import MetricField, ScalarField
     from geoad.tensors import Cometric, Covector, Endomorphism, Form, Metric, Vector
 
-__all__ = ["Chart", "Components", "makers", "path"]
+__all__ = ["Chart", "Components", "makers"]
 
 Components = Tensor | Blocks
 """What a user sees: a plain tensor for a free chart with one block, otherwise a dict name -> tensor."""
@@ -47,10 +49,13 @@ class Chart:
         shapes: name -> shape of each block; a bare shape means one block named "x".
         name: shown in representations and messages.
         plain: whether components are a bare tensor. Default: yes if there is just one block.
+        domain: where the coordinates live: ``{condition in words: predicate}`` or one predicate, see
+            `geoad.maps.domain.Domain`. Default: everywhere. Points outside raise `ChartDomainError`.
 
     >>> import geoad
     >>> geoad.Chart({"x": (2,)}, name="xy")
     Chart('xy', dim=2)
+    >>> normal = geoad.Chart({"mu": (), "sigma": ()}, name="normal", domain={"sigma > 0": lambda x: x["sigma"] > 0})
     """
 
     def __init__(
@@ -59,19 +64,23 @@ class Chart:
         name: str = "",
         *,
         plain: bool | None = None,
+        domain: DomainLike | Domain | None = None,
         parent: Reparametrization | None = None,
         uid: str | None = None,
     ) -> None:
         self.layout = Layout(shapes if isinstance(shapes, Mapping) else {"x": tuple(shapes)})
         self.name = name or f"chart{next(_counter)}"
         self.plain = len(self.layout) == 1 if plain is None else plain
+        self.always_dict = plain is False
         if self.plain and len(self.layout) != 1:
             raise GeometryError(
                 f"chart '{self.name}' has {len(self.layout)} blocks, so its components cannot be one plain tensor. "
                 "Leave plain= out; components are then a dict name -> tensor."
             )
+        self.domain = Domain.of(domain)
         self.parent = parent
         self.uid = uid or uuid.uuid4().hex
+        self.joined: Atlas | None = None  # set by the atlas, on its own charts only
         self.children: weakref.WeakSet[Chart] = weakref.WeakSet()
         self._snapshot: tuple[int, list[Tensor]] | None = None
         self._learnable: bool | None = None
@@ -134,6 +143,39 @@ class Chart:
         return chart
 
     @property
+    def atlas(self) -> Atlas | None:
+        """The `Atlas` that the root of the tree belongs to, which is then one of several charts and stands out in nothing."""
+        return self.reference.joined
+
+    @property
+    def space(self) -> Chart:
+        """The nearest chart above, or this one, that is the root or was made by a map that cannot be undone.
+
+        Charts of one space are related by changes of coordinates; a `Submersion` or `Immersion` begins a space of its own.
+        """
+        chart = self
+        while chart.parent is not None and chart.parent.map.law == "diffeomorphism":
+            chart = chart.parent.source
+        return chart
+
+    @property
+    def ground(self) -> Chart:
+        """The chart whose straight lines points of this chart move along.
+
+        It is the reference chart, except below an immersion or a smooth map of any rank: these lines leave the image, so
+        there the chart of the map itself takes its place.
+        """
+        chart = self
+        while chart.parent is not None and chart.parent.map.law in ("diffeomorphism", "submersion"):
+            chart = chart.parent.source
+        return chart
+
+    @property
+    def bounded(self) -> bool:
+        """True if not all numbers need be coordinates of a point, so that `check_domain` has something to check."""
+        return self.parent is not None or self.domain is not None
+
+    @property
     def learnable(self) -> bool:
         """True if a map between the reference chart and this one has parameters."""
         if self.parent is None:
@@ -173,18 +215,25 @@ class Chart:
             self._snapshot = (count + 1, [each.clone() for each in now])
         return self._snapshot[0]
 
-    def reparametrize(self, recipe: Recipe, name: str = "") -> Reparametrization:
+    def reparametrize(self, recipe: Recipe, name: str = "", *, domain: DomainLike | None = None) -> Reparametrization:
         """New coordinates ψ = recipe(θ) of the same manifold, where θ are the coordinates of this chart.
+
+        Submersions, immersions and other smooth maps (`geoad.maps.SmoothMap`) give charts with more, fewer or redundant
+        coordinates; what has no law under them is refused with `NotADiffeomorphismError`.
 
         Args:
             recipe: a map of `geoad.maps`, or ``{name pattern: map}`` (fnmatch, first match wins, unmatched blocks
                 keep their coordinates, a pattern that matches nothing raises).
             name: the name of the new chart.
+            domain: where the new coordinates live, if that is less than the image of the map; see `Chart`.
 
         Returns:
             The `Reparametrization`, an ``nn.Module``; the new chart is its ``target``.
         """
-        return makers["reparametrization"](self, bind(recipe, self.layout), name or f"{self.name}'")
+        bound = bind(recipe, self.layout, lambda point: point.to(self).blocks)
+        phi: Reparametrization = makers["reparametrization"](self, bound, name or f"{self.name}'")
+        phi.target.domain = Domain.of(domain)
+        return phi
 
     # -- components ----------------------------------------------------------------------------------------------------
 
@@ -210,7 +259,16 @@ class Chart:
 
     def check_domain(self, blocks: Blocks, what: str = "the point") -> None:
         """Raise `ChartDomainError` if `blocks` are not coordinates of a point in this chart."""
-        if is_wrapped(blocks) or self.parent is None:
+        if is_wrapped(blocks) or not self.bounded:
+            return
+        condition = None if self.domain is None else self.domain.violated(self.unpack(blocks))
+        if condition is not None:
+            raise ChartDomainError(
+                f"{what} lies outside the domain of chart '{self.name}': {condition}. These numbers are coordinates of no "
+                "point of the manifold, or of a point that another chart covers; choose coordinates inside of the domain, or "
+                "make the point in a chart that contains it and move it with .to(chart)."
+            )
+        if self.parent is None:
             return
         condition = self.parent.map.outside_image(blocks)
         if condition is not None:
@@ -272,35 +330,3 @@ def _as_tensor(value: Any, what: str) -> Tensor:
             f"{what}: expected a tensor or a dict of tensors, found {type(value).__name__}. Components are plain numbers; "
             "pass T.components if you mean the numbers of a typed object."
         ) from error
-
-
-def path(start: Chart, end: Chart) -> list[tuple[Reparametrization, bool]]:
-    """The steps from `start` to `end` through the tree of charts; True marks a step along φ, False one along φ⁻¹.
-
-    Raises `ChartMismatchError` if the charts belong to different manifolds.
-    """
-    if start is end:
-        return []
-    above: dict[Chart, int] = {}  # not by uid: copies of a learnable chart may have been trained apart
-    up: list[Reparametrization] = []
-    chart: Chart = start
-    while True:
-        above[chart] = len(up)
-        if chart == end:
-            return [(phi, False) for phi in up]
-        if chart.parent is None:
-            break
-        up.append(chart.parent)
-        chart = chart.parent.source
-    down: list[Reparametrization] = []
-    chart = end
-    while chart not in above:
-        if chart.parent is None:
-            raise ChartMismatchError(
-                f"cannot go from chart '{start.name}' to chart '{end.name}': they belong to different manifolds (reference "
-                f"charts '{start.reference.name}' and '{end.reference.name}'). Only charts made from one another by "
-                "reparametrize share a manifold; make the second one with chart.reparametrize(...)."
-            )
-        down.append(chart.parent)
-        chart = chart.parent.source
-    return [(phi, False) for phi in up[: above[chart]]] + [(phi, True) for phi in reversed(down)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from geoad.charts.chart import Chart, Components, makers, path
+from geoad.charts.batches import first_violation, over_batch, singles
+from geoad.charts.chart import Chart, Components, makers
+from geoad.charts.relations import flat_reference, path, same_manifold
 from geoad.charts.reparametrization import Reparametrization
 from geoad.errors import BasePointError, ChartDomainError, ChartMismatchError, GeometryError, VarianceError
 from geoad.params import Blocks, equal, first, is_wrapped, map_blocks, register_pytree, sub
@@ -18,7 +20,7 @@ from geoad.repr import blocks_summary
 if TYPE_CHECKING:
     from geoad.tensors import Vector
 
-__all__ = ["Point", "interpolate", "over_batch", "same_point"]
+__all__ = ["Point", "interpolate", "same_point"]
 
 _Key = tuple[Chart, torch.dtype, torch.device]
 
@@ -26,10 +28,12 @@ _Key = tuple[Chart, torch.dtype, torch.device]
 class _Token:
     """Which point it is: its coordinates in every chart they were asked for, and the living `Point` objects."""
 
-    __slots__ = ("blocks", "views")
+    __slots__ = ("blocks", "traced", "views")
 
     def __init__(self) -> None:
         self.blocks: dict[_Key, Blocks] = {}
+        #: Inside transforms: where a point was before it crossed a map that cannot be undone.
+        self.traced: dict[_Key, Blocks] = {}
         self.views: weakref.WeakValueDictionary[_Key, Point] = weakref.WeakValueDictionary()
 
 
@@ -166,7 +170,8 @@ class Point:
 
     def _recall(self, key: _Key) -> Point | None:
         if is_wrapped(self.blocks):
-            return None
+            traced = self.token.traced.get(key)
+            return None if traced is None else Point(key[0], traced, self.token)
         view = self.token.views.get(key)
         if view is None and key in self.token.blocks:
             view = Point(key[0], self.token.blocks[key], self.token)
@@ -179,7 +184,7 @@ class Point:
             return self
         self.check_fresh()
         point = self
-        for phi, along in path(self.chart, target):
+        for phi, along in path(self.chart, target, self):
             point = point._step(phi, along)
         return point
 
@@ -188,23 +193,48 @@ class Point:
         known = self._recall((chart, self.dtype, self.device))
         if known is not None:
             return known
-        if along and not is_wrapped(self.blocks):
-            condition = _first_violation(phi.map.outside_domain, self.blocks, self.chart)
-            if condition is not None:
-                raise ChartDomainError(
-                    f"the point has no coordinates in chart '{chart.name}': {condition} in chart '{self.chart.name}'. "
-                    f"Objects cannot be moved to a chart at a point outside its domain; stay in '{self.chart.name}', choose "
-                    "another map, or leave these blocks out by name pattern."
-                )
+        onward = along or phi.target.parent is None  # back down a tree nothing is left to check
+        if onward:
+            self._require_domain(phi, along)
         move = phi.map.forward if along else phi.map.invert
-        return Point(chart, over_batch(move, len(self.batch_shape), self.blocks), self.token)
+        blocks = over_batch(move, len(self.batch_shape), self.blocks)
+        if phi.map.law != "diffeomorphism" and is_wrapped(self.blocks):
+            self.token.traced[self._key()] = self.blocks
+        if onward:
+            self._require_in(chart, blocks)
+        return Point(chart, blocks, self.token)
+
+    def _require_domain(self, phi: Reparametrization, along: bool = True) -> None:
+        if not is_wrapped(self.blocks):
+            check, target = (phi.map.outside_domain, phi.target) if along else (phi.map.outside_image, phi.source)
+            self._refuse(first_violation(check, self.blocks, self.chart), self.chart, target)
+
+    def _require_in(self, chart: Chart, blocks: Blocks) -> None:
+        """Raise if the new coordinates `blocks` lie outside of the domain that `chart` was given."""
+        domain = chart.domain
+        if domain is not None and not is_wrapped(blocks):
+            condition = first_violation(lambda each: domain.violated(chart.unpack(each)), blocks, chart)
+            self._refuse(condition, chart, chart)
+
+    def _refuse(self, condition: str | None, where: Chart, target: Chart) -> None:
+        if condition is None:
+            return
+        remedy = "choose another map, or leave these blocks out by name pattern"
+        if self.chart.atlas is not None:
+            remedy = "ask for a chart that contains it: chart.atlas.charts_at(p)"
+        raise ChartDomainError(
+            f"the point has no coordinates in chart '{target.name}': {condition} in chart '{where.name}'. Objects cannot be "
+            f"moved to a chart at a point outside its domain; stay in '{self.chart.name}', or {remedy}."
+        )
 
     # -- straight lines of the reference chart -----------------------------------------------------------------------------
 
     def retract(self, v: Vector, t: float | Tensor = 1.0) -> Point:
         """The point p + t v along the straight line of the reference chart, in the chart of p; a batch for several times t.
 
-        The line is the same in every chart, so a step taken with it is invariant. `v` is a `Vector` at this point.
+        The line is the same in every chart, so a step taken with it is invariant. `v` is a `Vector` at this point. In
+        redundant coordinates (a `geoad.maps.Submersion`) the result is the point over the line that continues p in its
+        fibre; below an immersion the line is that of ``chart.ground``. ``p.retract(v, 0)`` is p.
         """
         if getattr(v, "type", None) != (1, 0):
             raise VarianceError(
@@ -216,14 +246,37 @@ class Point:
                 "the vector lives at another point than the one to be moved. Tangent spaces of different points cannot be "
                 "identified without saying how; use v.carry(to=p, chart=...)."
             )
-        home = self.chart.reference
+        if isinstance(t, (int, float)) and t == 0:
+            return self
+        home = straight(self.chart, "p.retract(v)", _CURVE)
         start = self.to(home)
         moved = _blend(t, start, lambda s, block, step: block + s * step, v.to(home).blocks)
-        return Point(home, moved).to(self.chart)
+        return _landed(home, moved).followed_from(self)
+
+    def followed_from(self, start: Point) -> Point:
+        """This point in the chart of `start`, a point nearby, whose place in the fibres of redundant coordinates it keeps.
+
+        Where all maps on the way are changes of coordinates this is ``self.to(start.chart)``.
+        """
+        point = self
+        for phi, along in path(self.chart, start.chart):
+            if along and phi.map.law == "submersion":
+                before = start.to(phi.target).blocks
+                point = point._continue(phi, before)
+            else:
+                point = point._step(phi, along)
+        return point
+
+    def _continue(self, phi: Reparametrization, before: Blocks) -> Point:
+        """The ψ over this θ that continues the ψ `before`."""
+        batch, layout = self.batch_shape, phi.target.layout
+        spread = {name: before[name].expand((*batch, *shape)) for name, shape in layout.items()}
+        self._require_domain(phi)
+        return Point(phi.target, over_batch(phi.map.near, len(batch), self.blocks, spread), self.token)
 
     def log(self, other: Point) -> Vector:
         """The vector v at p with p.retract(v) = `other`, in the chart of p."""
-        home = self.chart.reference
+        home = straight(self.chart, "p.log(q)", _CURVE)
         start, end = self.to(home), other.to(home)
         return makers["vector"](home, sub(end.blocks, start.blocks), at=start).to(self.chart)
 
@@ -286,13 +339,6 @@ def same_point(p: Point, q: Point) -> bool:
     return p.chart == q.chart and equal(p.blocks, q.blocks)
 
 
-def over_batch(fn: Any, batch: int, *blocks: Blocks) -> Blocks:
-    """Apply `fn`, written for single points, under `batch` leading axes."""
-    for _ in range(batch):
-        fn = torch.func.vmap(fn)
-    return cast(Blocks, fn(*blocks))
-
-
 def interpolate(p: Point, q: Point, t: float | Tensor) -> Point:
     """The point (1 - t) p + t q on the straight line of the reference chart, in the chart of p; a batch for several times t.
 
@@ -302,13 +348,29 @@ def interpolate(p: Point, q: Point, t: float | Tensor) -> Point:
     >>> geoad.interpolate(p, q, 0.25).components
     tensor([0.2500, 0.2500])
     """
-    home = p.chart.reference
-    if q.chart.reference != home:
+    home = straight(p.chart, "interpolate(p, q, t)", _CURVE)
+    if not same_manifold(p.chart, q.chart):
         raise ChartMismatchError(
-            f"the points belong to different manifolds (reference charts '{home.name}' and '{q.chart.reference.name}'), so "
+            f"the points belong to different manifolds (reference charts '{p.chart.reference.name}' and "
+            f"'{q.chart.reference.name}'), so "
             "there is no line between them. Interpolate points of one manifold."
         )
-    return Point(home, _blend(t, p.to(home), lambda s, a, b: torch.lerp(a, b, s), q.to(home).blocks)).to(p.chart)
+    mixed = _blend(t, p.to(home), lambda s, a, b: torch.lerp(a, b, s), q.to(home).blocks)
+    return _landed(home, mixed).followed_from(p)
+
+
+_CURVE = "geoad.geodesic(metric, p, v, t)"
+
+
+def straight(chart: Chart, what: str, remedy: str) -> Chart:
+    """The chart whose straight lines points of `chart` move along, see `Chart.ground`."""
+    home = chart.ground
+    return flat_reference(home, what, remedy) if home.parent is None else home
+
+
+def _landed(home: Chart, blocks: Blocks) -> Point:
+    """The point where a straight line ends; raises if it has left the domain of the chart."""
+    return Point(home, blocks) if home.domain is None else home.point(blocks)
 
 
 def _blend(t: float | Tensor, p: Point, fn: Callable[[Tensor, Tensor, Tensor], Tensor], other: Blocks) -> Blocks:
@@ -329,23 +391,11 @@ def _make_point(chart: Chart, components: Any) -> Point:
                 f"a point needs floating point coordinates, block '{name}' is {block.dtype}. There are no derivatives in "
                 "integers; pass x.to(torch.float64)."
             )
-    if chart.parent is not None and not is_wrapped(blocks):
-        for each in _singles(blocks, chart):
-            chart.check_domain(each)
+    if chart.bounded and not is_wrapped(blocks):
+        each = singles(blocks, chart)
+        for i, single in enumerate(each):
+            chart.check_domain(single, "the point" if len(each) == 1 else f"point {i} of {len(each)}")
     return Point(chart, blocks)
-
-
-def _singles(blocks: Blocks, chart: Chart) -> list[Blocks]:
-    """The single points of a batch."""
-    batch = chart.layout.batch_shape(blocks)
-    if not batch:
-        return [blocks]
-    flat = {name: block.reshape(-1, *chart.layout[name]) for name, block in blocks.items()}
-    return [{name: block[i] for name, block in flat.items()} for i in range(batch.numel())]
-
-
-def _first_violation(check: Callable[[Blocks], str | None], blocks: Blocks, chart: Chart) -> str | None:
-    return next((words for each in _singles(blocks, chart) if (words := check(each)) is not None), None)
 
 
 makers["point"] = _make_point

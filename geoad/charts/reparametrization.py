@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from geoad.charts.chart import Chart, makers, path
+from geoad.charts.chart import Chart, makers
+from geoad.charts.relations import path
 from geoad.errors import ChartMismatchError
-from geoad.maps.base import Diffeomorphism
+from geoad.maps.base import Map
 from geoad.maps.compose import Compose, Inverse
 
 __all__ = ["Reparametrization"]
@@ -21,7 +22,7 @@ class Reparametrization(nn.Module):
     """φ: θ ↦ ψ from chart ``source`` to chart ``target``; calling it moves an object: ``phi(T)`` is ``T.to(phi.target)``.
 
     It is an ``nn.Module``: parameters of learnable maps are its parameters. ``phi.map`` is the bound
-    `geoad.maps.Diffeomorphism` on plain blocks, ``phi.inverse`` the way back (``phi.inverse.inverse is phi``), and
+    `geoad.maps.Map` on plain blocks, ``phi.inverse`` the way back (``phi.inverse.inverse is phi``), and
     ``second @ first`` composes.
 
     >>> import torch, geoad
@@ -34,9 +35,9 @@ class Reparametrization(nn.Module):
 
     source: Chart
     target: Chart
-    map: Diffeomorphism
+    map: Map
 
-    def __init__(self, source: Chart, target: Chart, bound: Diffeomorphism) -> None:
+    def __init__(self, source: Chart, target: Chart, bound: Map) -> None:
         super().__init__()
         self.source = source
         self.target = target
@@ -95,11 +96,12 @@ class Reparametrization(nn.Module):
         return twin
 
     def extra_repr(self) -> str:
-        return f"{self.source.name!r} -> {self.target.name!r}, dim={self.source.dim}"
+        dim = f"{self.source.dim}" if self.source.dim == self.target.dim else f"{self.source.dim} -> {self.target.dim}"
+        return f"{self.source.name!r} -> {self.target.name!r}, dim={dim}"
 
 
-def _reparametrize(source: Chart, bound: Diffeomorphism, name: str) -> Reparametrization:
-    target = Chart(source.layout, name, plain=source.plain)
+def _reparametrize(source: Chart, bound: Map, name: str) -> Reparametrization:
+    target = Chart(bound.image_shapes, name, plain=False if source.always_dict else None)
     phi = Reparametrization(source, target, bound)
     target.parent = phi
     source.children.add(target)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geoad import transport
 from geoad.charts import Chart, Point, path
-from geoad.maps import Diffeomorphism
+from geoad.maps.base import Map
 from geoad.params import Blocks, Layout
 
 __all__ = ["moved"]
@@ -25,9 +26,11 @@ __all__ = ["moved"]
 def moved(symbols: Tensor, at: Point, end: Chart) -> Tensor:
     """Symbols (*batch, d, d, d) in the chart of `at`, ordered [k, i, j], in chart `end`."""
     here = at
-    for phi, along in path(at.chart, end):
+    for phi, along in path(at.chart, end, at):
         there = here.to(phi.target if along else phi.source)
         theta, psi = (here, there) if along else (there, here)
+        if phi.map.law != "diffeomorphism":
+            raise transport.refusal("a connection", phi, along)
         step: Any = _law(phi.map, phi.source.layout, along)
         for _ in at.batch_shape:
             step = torch.func.vmap(step)
@@ -36,7 +39,7 @@ def moved(symbols: Tensor, at: Point, end: Chart) -> Tensor:
     return symbols
 
 
-def _law(bound: Diffeomorphism, layout: Layout, along: bool) -> Callable[[Tensor, Blocks, Blocks], Tensor]:
+def _law(bound: Map, layout: Layout, along: bool) -> Callable[[Tensor, Blocks, Blocks], Tensor]:
     def step(symbols: Tensor, x: Blocks, y: Blocks) -> Tensor:
         jacobian = _matrix(layout, symbols, lambda v: bound.push(x, y, v))
         inverse = _matrix(layout, symbols, lambda v: bound.push_inverse(x, y, v))
@@ -55,7 +58,7 @@ def _matrix(layout: Layout, like: Tensor, product: Callable[[Blocks], Blocks]) -
     return torch.func.vmap(lambda e: layout.ravel(product(layout.unravel(e))))(eye).mT
 
 
-def _second(bound: Diffeomorphism, layout: Layout, like: Tensor, x: Blocks) -> Tensor:
+def _second(bound: Map, layout: Layout, like: Tensor, x: Blocks) -> Tensor:
     """∂²ψ^k/∂θ^m∂θ^n, by one forward derivative of the map's own Jacobian product."""
 
     def jacobian(flat: Tensor) -> Tensor:

@@ -205,8 +205,9 @@ def christoffel(metric: FormField | None = None) -> Callable[[Point], Christoffe
     connection = LeviCivita(metric, "the Christoffel symbols")
 
     def symbols(p: Point) -> Christoffel:
-        here = connection.place(p)
-        return Christoffel(here.chart, connection.symbols(here.chart, here.blocks), here).to(p.chart)
+        local = connection.local(p)
+        here = local.place(p)
+        return Christoffel(here.chart, local.symbols(here.chart, here.blocks), here).to(p.chart)
 
     return symbols
 

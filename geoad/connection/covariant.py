@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoad.charts import Chart, Point
+from geoad.charts import Chart, Point, same_manifold
 from geoad.connection.levi_civita import LeviCivita, near
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
@@ -32,19 +32,20 @@ class CovariantDerivative:
         return f"CovariantDerivative({self.field!r}, {self.connection.metric!r})"
 
     def __call__(self, p: Point) -> Any:
-        here = self.connection.place(p)
+        connection = self.connection.local(p)
+        here = connection.place(p)
         home = here.chart
         axes: list[Axis] = []
 
         def at(x: Blocks) -> Tensor:
-            data, axes[:] = self._at(Point(home, x))
+            data, axes[:] = self._at(connection, Point(home, x))
             return data
 
         for _ in here.batch_shape:
             at = torch.func.vmap(at)
         return _typed(at(here.blocks), axes, here).to(p.chart)
 
-    def _at(self, here: Point) -> tuple[Tensor, list[Axis]]:
+    def _at(self, connection: LeviCivita, here: Point) -> tuple[Tensor, list[Axis]]:
         """The dense components of ∇T at a single point of the home chart, and their axes."""
         home = here.chart
         value = self.field(here)  # outside of the transform below: here values are checked
@@ -56,8 +57,8 @@ class CovariantDerivative:
 
         slope = _forward_jacobian(components, here.ravel(), self.chunk_size)
         own = [axis.chart == home for axis in axes]
-        if (any(own) or weight) and not self.connection.flat:
-            symbols = self.connection.symbols(home, here.blocks)
+        if (any(own) or weight) and not connection.flat:
+            symbols = connection.symbols(home, here.blocks)
             slope = slope + _connection_terms(symbols, data, axes, own, weight)
         return slope, [*axes, Axis(home, False, home.dim)]
 
@@ -95,7 +96,7 @@ def _numbers(value: Any, here: Point) -> tuple[Tensor, list[Axis], float]:
         return value, [], 0.0
     if isinstance(value, Density) or not isinstance(value, TypedTensor):
         raise VarianceError(_not_a_field(value))
-    if value.chart.reference != home.reference:
+    if not same_manifold(value.chart, home):
         raise ChartMismatchError(
             f"the tensor field was asked at a point of the manifold of chart '{home.reference.name}' and returned "
             f"{describe(value)}, which lives on that of '{value.chart.reference.name}'. A field gives tensors at the point it "
@@ -180,7 +181,7 @@ def covariant_derivative(
         )
     if chunk_size is not None and chunk_size < 1:
         raise GeometryError(f"chunk_size= must be at least 1 or None, found {chunk_size}.")
-    if isinstance(field, ScalarField) and metric is not None and metric.home.reference != field.home.reference:
+    if isinstance(field, ScalarField) and metric is not None and not same_manifold(metric.home, field.home):
         raise ChartMismatchError(
             f"the function lives on the manifold of chart '{field.home.reference.name}', the metric on that of "
             f"'{metric.home.reference.name}'. Use a metric on the same manifold."

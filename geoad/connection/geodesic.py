@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
-from geoad.charts import Chart, Point, same_point
-from geoad.connection.integrate import Time, integrate, require_finite
+from geoad.charts import Chart, Point, same_manifold, same_point, same_space
+from geoad.connection.crossing import Place, gathered, require_inside, scattered, travel
+from geoad.connection.integrate import Time, integrate, require_finite, times_of
 from geoad.connection.levi_civita import LeviCivita
-from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
+from geoad.errors import BasePointError, ChartMismatchError, VarianceError
 from geoad.fields.metric import FormField
 from geoad.operators import CG
 from geoad.params import Blocks, Layout, axpy
@@ -29,6 +30,7 @@ def geodesic(
     method: str = "rk4",
     return_velocity: bool = False,
     solver: CG | None = None,
+    chart: Chart | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     r"""The point at time t of the geodesic :math:`\ddot x^k = -\Gamma^k_{ij}\,\dot x^i \dot x^j` from p with velocity v.
@@ -38,6 +40,9 @@ def geodesic(
     the connection (a few gradients) and one solve for each evaluation. Where the metric is constant in its home chart, the
     geodesic is the straight line of that chart, exactly; with ``metric=None`` it is that of the reference chart, as for
     ``p.retract(v, t)``.
+
+    With a metric field of an `Atlas` (``atlas.metric_field``) every step is taken in a chart that has room around the point:
+    the curve goes over to another chart where the margin there is twice as large, and where a step would leave the domain.
 
     Args:
         metric: a metric field, or None for the flat reference metric.
@@ -53,6 +58,8 @@ def geodesic(
         return_velocity: give pairs (Point, Vector) instead of points; the vector is the velocity there.
         solver: how to solve with the metric, e.g. ``geoad.operators.CG(tol=1e-6)``. Default: a factorisation where the size
             allows.
+        chart: the chart of the result. Default: the chart of p; on an atlas this only where no other one has a margin more
+            than twice as large at the end, else that one.
         options: further keyword arguments for scipy's ``solve_ivp`` or torchdiffeq's ``odeint``.
 
     Shapes:
@@ -74,16 +81,21 @@ def geodesic(
     """
     connection = LeviCivita(metric, "a geodesic", solver)
     _require_velocity(p, v)
+    times, single = times_of(t)
+
+    def solve(local: LeviCivita, x: Blocks, u: Blocks, when: Sequence[Time], count: int) -> list[tuple[Blocks, Blocks]]:
+        home = local.home(p.chart)
+        found = integrate(_equation(local, home), _state(x, u), when, method=method, steps=count, options=options)
+        return [_parts(state, home.layout) for state in found]
+
+    if metric is not None and metric.by_chart:
+        results = _crossing(connection, p, v, times, steps, solve, chart, return_velocity)
+        return results[0] if single else results
+    connection = connection.local(p)
     home = connection.home(p.chart)
     x, u = _together(home.layout, p.to(home).blocks, v.to(home).blocks)
-    times, single = _times(t)
-    if connection.flat:
-        states = [(axpy(time, u, x), u) for time in times]
-    else:
-        rate = _equation(connection, home)
-        solved = integrate(rate, _state(x, u), times, method=method, steps=steps, options=options)
-        states = [_parts(state, home.layout) for state in solved]
-    results = [_result(home, p.chart, *state, return_velocity) for state in states]
+    states = [(axpy(time, u, x), u) for time in times] if connection.flat else solve(connection, x, u, times, steps)
+    results = [_result(home, p, chart or p.chart, *state, return_velocity) for state in states]
     return results[0] if single else results
 
 
@@ -98,7 +110,7 @@ def _require_velocity(p: Point, v: Vector) -> None:
             f"a geodesic starts with a velocity, a Vector, found {describe(v)}. A differential has no direction until a "
             "metric gives it one: metric.sharp(covector), or geoad.riemannian_grad(L, metric)(p)."
         )
-    if v.chart.reference != p.chart.reference:
+    if not same_manifold(v.chart, p.chart):
         raise ChartMismatchError(
             f"the point is in chart '{p.chart.name}', the velocity in chart '{v.chart.name}' of another manifold. Use a "
             "vector of the same manifold."
@@ -108,6 +120,42 @@ def _require_velocity(p: Point, v: Vector) -> None:
             "the velocity lives at another point than the geodesic starts from. Tangent spaces of different points cannot be "
             "identified without saying how; use v.carry(to=p, chart=...) or geoad.parallel_transport(metric, curve, v)."
         )
+
+
+_Solve = Callable[[LeviCivita, Blocks, Blocks, Sequence[Time], int], list[tuple[Blocks, Blocks]]]
+
+
+def _crossing(
+    connection: LeviCivita,
+    p: Point,
+    v: Vector,
+    times: Sequence[Time],
+    steps: int,
+    solve: _Solve,
+    chart: Chart | None,
+    with_velocity: bool,
+) -> list[Any]:
+    """The results on an atlas, where each curve of a batch goes its own way through the charts."""
+    root = p.chart.reference
+    atlas = root.joined
+    assert atlas is not None
+
+    def piece(place: Place, h: Time) -> Place:
+        local = connection.local(place.point)
+        there = place.to(local.home(place.chart))
+        assert there.u is not None
+        ((x, u),) = solve(local, there.x, there.u, [h], 1)
+        require_inside(there.chart, x)
+        return Place(there.chart, x, u)
+
+    x, u = _together(root.layout, p.to(root).blocks, v.to(root).blocks)
+    batch = root.layout.batch_shape(x)
+    if batch.numel() == 0:
+        empty = _result(root, p, chart or p.chart, x, u, with_velocity)
+        return [empty for _ in times]
+    curves = [travel(atlas, place, times, steps, piece) for place in scattered(root, x, u)]
+    results = [gathered(atlas, [curve[i] for curve in curves], batch, chart, p.chart) for i in range(len(times))]
+    return results if with_velocity else [point for point, _ in results]
 
 
 def _together(layout: Layout, x: Blocks, u: Blocks) -> tuple[Blocks, Blocks]:
@@ -121,19 +169,6 @@ def _together(layout: Layout, x: Blocks, u: Blocks) -> tuple[Blocks, Blocks]:
         block = x[name].reshape(*batch, *(1 for _ in range(extra)), *shape)
         repeated[name] = block.expand((*wanted, *shape))
     return repeated, u
-
-
-def _times(t: Any) -> tuple[list[Time], bool]:
-    if isinstance(t, Tensor) and t.ndim <= 1 and not t.is_complex():
-        return ([t], True) if t.ndim == 0 else (list(t.unbind()), False)
-    if isinstance(t, (int, float)) and not isinstance(t, bool):
-        return [float(t)], True
-    if isinstance(t, (list, tuple)):
-        listed = [_times(each) for each in cast("Sequence[Any]", t)]
-        if all(single for _, single in listed):
-            return [times[0] for times, _ in listed], False
-    found = f"a tensor of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-    raise GeometryError(f"t must be a number, a sequence of numbers or a 1-dimensional tensor of times, found {found}.")
 
 
 # -- the state: coordinates and velocity in one dict -----------------------------------------------------------------------
@@ -151,14 +186,14 @@ def _equation(connection: LeviCivita, home: Chart) -> Callable[[Blocks], Blocks]
     def rate(state: Blocks) -> Blocks:
         require_finite(state)
         x, u = _parts(state, home.layout)
-        if home.parent is not None:
-            home.point(x)  # raises ChartDomainError outside the domain
+        require_inside(home, x)
         return _state(u, connection.acceleration(x, u))
 
     return rate
 
 
-def _result(home: Chart, chart: Chart, x: Blocks, u: Blocks, with_velocity: bool) -> Any:
+def _result(home: Chart, start: Point, chart: Chart, x: Blocks, u: Blocks, with_velocity: bool) -> Any:
     point = home.point(x)
-    seen = point.to(chart)
+    # in redundant coordinates the curve goes on in its fibres
+    seen = point.to(chart) if same_space(home, chart) else point.followed_from(start.to(chart))
     return (seen, Vector(home, u, point).to(chart)) if with_velocity else seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from geoad.errors import GeometryError
 from geoad.params import Blocks, Layout, add, axpy, first, is_wrapped
 
-__all__ = ["METHODS", "integrate", "require_finite", "rk4_step"]
+__all__ = ["METHODS", "integrate", "require_finite", "require_steps", "rk4_step", "times_of", "visit"]
 
 METHODS = ("rk4", "scipy", "torchdiffeq")
 
@@ -48,30 +48,83 @@ def integrate(
             f"method='rk4' takes steps= and no options, found {sorted(options)}. Tolerances and the like belong to "
             "method='scipy' or 'torchdiffeq'."
         )
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if method == "rk4":
+        return visit(start, times, steps, lambda y, h: rk4_step(rate, y, h))
+    require_steps(steps)
+    numbers = [_number(t) for t in times]
+    found: dict[int, Blocks] = {i: start for i, t in enumerate(numbers) if t == 0}
+    for order in _outward(numbers):
+        if method == "scipy":
+            states = _scipy(rate, start, [numbers[i] for i in order], dict(options or {}))
+        else:
+            states = _torchdiffeq(rate, start, [times[i] for i in order], dict(options or {}))
+        found.update(zip(order, states, strict=True))
+    return [found[i] for i in range(len(numbers))]
+
+
+State = TypeVar("State")
+
+
+def visit(start: State, times: Sequence[Time], steps: int, advance: Callable[[State, Time], State]) -> list[State]:
+    """The states at each of `times` (in any order, of either sign), by equal steps ``advance(state, h)``.
+
+    `steps` steps lead to the longest time, and steps no longer than these to the others.
+    """
+    require_steps(steps)
+
+    def march(state: State, length: Time, count: int) -> State:
+        h = length / count
+        for _ in range(count):
+            state = advance(state, h)
+        return state
+
+    if len(times) == 1:  # a time inside a transform need not be known
+        if not (isinstance(times[0], Tensor) and is_wrapped({"": times[0]})):
+            _number(times[0])
+        return [march(start, times[0], steps)]
+    numbers = [_number(t) for t in times]
+    shortest = max((abs(t) for t in numbers), default=0.0) / steps
+    found: dict[int, State] = {i: start for i, t in enumerate(numbers) if t == 0}
+    for order in _outward(numbers):
+        state, last, reached = start, 0.0, 0.0
+        for i in order:
+            number = abs(numbers[i])
+            if number > reached:
+                state = march(state, times[i] - last, max(1, math.ceil((number - reached) / shortest * (1 - 1e-9))))
+            last, reached = times[i], number
+            found[i] = state
+    return [found[i] for i in range(len(numbers))]
+
+
+def _outward(numbers: list[float]) -> list[list[int]]:
+    """The indices of the times after 0 and of those before, each from 0 outwards."""
+    return [
+        sorted((i for i, t in enumerate(numbers) if sign * t > 0), key=lambda i: abs(numbers[i]))
+        for sign in (1, -1)
+        if any(sign * t > 0 for t in numbers)
+    ]
+
+
+def require_steps(steps: Any) -> None:
+    """Raise unless `steps` is a number of steps."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise GeometryError(
             f"steps= must be a whole number of at least 1, found {steps!r}. It is the number of Runge-Kutta steps."
         )
-    if len(times) == 1 and method == "rk4":  # a time inside a transform need not be known
-        if not (isinstance(times[0], Tensor) and is_wrapped({"": times[0]})):
-            _number(times[0])
-        return [_march(rate, start, times[0], steps)]
-    numbers = [_number(t) for t in times]
-    longest = max((abs(t) for t in numbers), default=0.0)
-    found: dict[int, Blocks] = {i: start for i, t in enumerate(numbers) if t == 0}
-    for sign in (1, -1):
-        order = sorted((i for i, t in enumerate(numbers) if sign * t > 0), key=lambda i: abs(numbers[i]))
-        if not order:
-            continue
-        stops = [times[i] for i in order]
-        if method == "rk4":
-            states = _rk4(rate, start, stops, [abs(numbers[i]) for i in order], longest / steps)
-        elif method == "scipy":
-            states = _scipy(rate, start, [numbers[i] for i in order], dict(options or {}))
-        else:
-            states = _torchdiffeq(rate, start, stops, dict(options or {}))
-        found.update(zip(order, states, strict=True))
-    return [found[i] for i in range(len(numbers))]
+
+
+def times_of(t: Any) -> tuple[list[Time], bool]:
+    """The times that a user asks for, and whether it is a single one."""
+    if isinstance(t, Tensor) and t.ndim <= 1 and not t.is_complex():
+        return ([t], True) if t.ndim == 0 else (list(t.unbind()), False)
+    if isinstance(t, (int, float)) and not isinstance(t, bool):
+        return [float(t)], True
+    if isinstance(t, (list, tuple)):
+        listed = [times_of(each) for each in cast("Sequence[Any]", t)]
+        if all(single for _, single in listed):
+            return [times[0] for times, _ in listed], False
+    found = f"a tensor of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+    raise GeometryError(f"t must be a number, a sequence of numbers or a 1-dimensional tensor of times, found {found}.")
 
 
 def _number(t: Time) -> float:
@@ -92,32 +145,14 @@ def _number(t: Time) -> float:
 
 
 def rk4_step(rate: Rate, y: Blocks, h: Time) -> Blocks:
-    """One classical Runge-Kutta step of length h: error O(h⁵)."""
+    """One classical Runge-Kutta step of length h: error O(h⁵). Raises where it runs into numbers that are not finite."""
     k1 = rate(y)
     k2 = rate(axpy(h / 2, k1, y))
     k3 = rate(axpy(h / 2, k2, y))
     k4 = rate(axpy(h, k3, y))
-    return axpy(h / 6, axpy(2.0, add(k2, k3), add(k1, k4)), y)
-
-
-def _march(rate: Rate, y: Blocks, length: Time, steps: int) -> Blocks:
-    h = length / steps
-    for _ in range(steps):
-        y = rk4_step(rate, y, h)
-        require_finite(y)
+    y = axpy(h / 6, axpy(2.0, add(k2, k3), add(k1, k4)), y)
+    require_finite(y)
     return y
-
-
-def _rk4(rate: Rate, y: Blocks, stops: list[Time], numbers: list[float], h: float) -> list[Blocks]:
-    states: list[Blocks] = []
-    last: Time = 0.0
-    reached = 0.0
-    for stop, number in zip(stops, numbers, strict=True):
-        if number > reached:
-            y = _march(rate, y, stop - last, max(1, math.ceil((number - reached) / h * (1 - 1e-9))))
-        last, reached = stop, number
-        states.append(y)
-    return states
 
 
 def require_finite(y: Blocks) -> None:

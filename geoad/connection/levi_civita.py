@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Chart, Point, over_batch
+from geoad.charts import Chart, Point, flat_reference, over_batch, same_manifold, station
 from geoad.connection.products import contracted, first_kind
 from geoad.errors import ChartMismatchError, GeometryError, VarianceError
-from geoad.fields.metric import FormField
+from geoad.fields.metric import FormField, require_connection
 from geoad.fields.scalar import require_point
+from geoad.metrics import Euclidean
 from geoad.operators import CG
-from geoad.params import Blocks, Layout, first, is_wrapped
+from geoad.params import Blocks, Layout, first, is_wrapped, zeros_like
 from geoad.tensors import Metric
 
 __all__ = ["SYMBOLS_LIMIT", "LeviCivita", "near"]
@@ -63,11 +64,27 @@ class LeviCivita:
         """The symbols vanish in the home chart."""
         return self.metric is None or self.metric.constant
 
+    def local(self, p: Point) -> LeviCivita:
+        """The connection as it is computed at p: of the local field on an atlas, of the induced metric below an immersion."""
+        metric = self.metric
+        if not isinstance(p, Point):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return self  # `place` raises
+        if metric is None:
+            root = self._flat(p.chart)
+            if station(root, p.chart) is root:
+                return self
+            metric = Euclidean(root)
+        local = metric.local(require_point(p, metric.home, self.what))
+        if local is self.metric:
+            return self
+        require_connection(local, self.what)
+        return LeviCivita(local, self.what, self.solver)
+
     def home(self, chart: Chart) -> Chart:
         """The chart to compute in, for objects in `chart`."""
         if self.metric is None:
-            return chart.reference
-        if self.metric.home.reference != chart.reference:
+            return self._flat(chart)
+        if not same_manifold(self.metric.home, chart):
             raise ChartMismatchError(
                 f"{self.what} was asked on the manifold of chart '{chart.reference.name}', but the metric field lives on that "
                 f"of '{self.metric.home.reference.name}'. The metric of another manifold has nothing to say here; use one on "
@@ -84,7 +101,10 @@ class LeviCivita:
                 f"{self.what} is evaluated at a Point, found {type(p).__name__}. Plain numbers have no chart, so it is not "
                 "known which point they mean. Pass geo.point() or chart.point(components)."
             )
-        return p.to(p.chart.reference)
+        return p.to(self._flat(p.chart))
+
+    def _flat(self, chart: Chart) -> Chart:
+        return flat_reference(chart, f"{self.what} without a metric", "pass a metric field")
 
     # -- products ------------------------------------------------------------------------------------------------------
 
@@ -127,6 +147,8 @@ class LeviCivita:
 
     def acceleration(self, x: Blocks, v: Blocks) -> Blocks:
         """-Γ^k_ij v^i v^j, the second derivative of the coordinates along a geodesic."""
+        if self.flat:
+            return zeros_like(v)
         bent = self.raised(x, self.lowered(x, v, v))
         return {name: -block for name, block in bent.items()}
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad.charts import Chart, Point
-from geoad.connection.integrate import require_finite
+from geoad.connection.crossing import comfortable
+from geoad.connection.integrate import require_finite, require_steps
 from geoad.connection.levi_civita import LeviCivita, near
-from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
+from geoad.errors import BasePointError, ChartDomainError, ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
 from geoad.operators import CG
 from geoad.params import Blocks, Layout, axpy, sub
@@ -71,6 +72,9 @@ def parallel_transport(metric: FormField | None, curve: Curve, tensor: T, *, ste
             f"only typed objects are transported, found {describe(tensor)}. Plain numbers have no law; give them a type with "
             "chart.vector(x, at=p), chart.covector(x, at=p), ..."
         )
+    if metric is not None and metric.by_chart:
+        return _crossing(metric, curve, tensor, steps, solver)
+    connection = connection.local(tensor.at)
     home = connection.home(tensor.chart)
     start, end, pieces = _pieces(curve, home, tensor)
     if not near(tensor.at.to(home), start):
@@ -86,10 +90,53 @@ def parallel_transport(metric: FormField | None, curve: Curve, tensor: T, *, ste
         return cast(Any, _density(connection, here, end)).to(tensor.chart)
     data = here.ravel() if isinstance(here, Rank1) else as_general(here).data
     equation = _equation(connection, here, len(start.batch_shape))
-    count = _steps(steps, len(pieces))
+    require_steps(steps)
+    count = max(1, math.ceil(steps / max(1, len(pieces))))
     for piece in pieces:
         data = _march(equation, piece, data, count)
     return _rebuilt(here, data, end).to(tensor.chart)
+
+
+# -- on an atlas -----------------------------------------------------------------------------------------------------------
+
+
+def _crossing(metric: FormField, curve: Any, tensor: T, steps: int, solver: CG | None) -> T:
+    """The transport in runs of steps through one chart each; the result is in the chart of `tensor` if that is comfortable."""
+    require_steps(steps)
+    atlas = tensor.chart.atlas
+    if atlas is None:
+        LeviCivita(metric, "parallel transport").home(tensor.chart)  # raises: another manifold
+        raise AssertionError
+    if not callable(curve):
+        raise GeometryError(
+            "on an atlas a curve is a function of s in [0, 1] that gives a Point: the segments between listed points would be "
+            "straight in one chart and bent in another. Pass for instance lambda s: geoad.geodesic(metric, p, v, s)."
+        )
+    at = cast("Callable[[Any], Any]", curve)
+    stops = [at(torch.tensor(i / (2 * steps), dtype=tensor.dtype, device=tensor.device)) for i in range(2 * steps + 1)]
+    runs: list[tuple[Chart, int]] = []
+    chart = tensor.chart
+    for i in range(steps):
+        charts = comfortable(atlas, [_a_point(each) for each in stops[2 * i : 2 * i + 3]], chart)
+        if not charts:
+            raise ChartDomainError(
+                f"no chart of the atlas '{atlas.name}' contains the curve from s = {i / steps:.4g} to {(i + 1) / steps:.4g}, "
+                "one step of the transport. Choose more steps=, so that a step is shorter than the charts overlap."
+            )
+        if not runs or charts[0] != chart.reference:
+            runs.append((charts[0], i))
+        chart = charts[0]
+    moved = tensor
+    for (chart, first), last in zip(runs, [*(i for _, i in runs[1:]), steps], strict=True):
+        local = metric.local(stops[2 * first].to(chart))
+        part = _part(at, first / steps, last / steps)
+        moved = parallel_transport(local, part, moved.to(chart), steps=last - first, solver=solver)
+    charts = comfortable(atlas, [moved.at], tensor.chart)
+    return moved.to(tensor.chart if charts[0] == tensor.chart.reference else charts[0])
+
+
+def _part(curve: Callable[[Any], Any], a: float, b: float) -> Callable[[Any], Any]:
+    return lambda s: curve(a + (b - a) * s)
 
 
 # -- the curve ---------------------------------------------------------------------------------------------------------
@@ -108,11 +155,15 @@ def _pieces(curve: Any, home: Chart, tensor: TypedTensor) -> tuple[Point, Point,
 
 
 def _in_home(p: Any, home: Chart) -> Point:
+    return _a_point(p).to(home)
+
+
+def _a_point(p: Any) -> Point:
     if not isinstance(p, Point):
         raise ChartMismatchError(
             f"a curve is made of Points, found {describe(p)}. Plain numbers have no chart; use chart.point(x)."
         )
-    return p.to(home)
+    return p
 
 
 def _segment(a: Blocks, b: Blocks) -> _Piece:
@@ -134,7 +185,7 @@ def _parametrised(curve: Callable[[Any], Any], home: Chart, tensor: TypedTensor)
 
 def _checked(piece: _Piece, home: Chart) -> _Piece:
     """The same piece; leaving the domain of `home` raises."""
-    if home.parent is None:
+    if not home.bounded:
         return piece
 
     def at(s: float) -> tuple[Blocks, Blocks]:
@@ -145,14 +196,6 @@ def _checked(piece: _Piece, home: Chart) -> _Piece:
 
 
 # -- the equation --------------------------------------------------------------------------------------------------------
-
-
-def _steps(steps: Any, pieces: int) -> int:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise GeometryError(
-            f"steps= must be a whole number of at least 1, found {steps!r}. It is the number of Runge-Kutta steps."
-        )
-    return max(1, math.ceil(steps / max(1, pieces)))
 
 
 _Generator = Callable[[Tensor], Tensor]

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import singledispatch
 
-import torch
 from torch import Tensor
 
 from geoad.fields.metric import FormField, SumField
+from geoad.kernels import products
 from geoad.params import Blocks, add, axpy, dot, scale, sub, zeros_like
 
 __all__ = ["contracted", "first_kind"]
@@ -25,11 +25,11 @@ __all__ = ["contracted", "first_kind"]
 
 def _derivative(fn: Callable[[Blocks], Blocks], x: Blocks, v: Blocks) -> Blocks:
     """D_v fn."""
-    return torch.func.jvp(fn, (x,), (v,))[1]
+    return products.jvp(fn, x, v)[1]
 
 
 def _slope(fn: Callable[[Blocks], Tensor], x: Blocks) -> Blocks:
-    return torch.func.grad(fn)(x)
+    return products.gradient(lambda y: (fn(y), ()), x)[0]
 
 
 def _over_terms(field: SumField, like: Blocks, product: Callable[[FormField], Blocks]) -> Blocks:

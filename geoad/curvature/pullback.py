@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.connection.products import contracted, first_kind
 from geoad.fields import MetricField, Transition
+from geoad.kernels import products
 from geoad.params import Blocks, axpy, scale
 
 __all__ = ["OutputCurvature", "Part"]
-
-# torch annotates them for has_aux too
-_jvp: Any = torch.func.jvp
-_vjp: Any = torch.func.vjp
 
 Part = tuple[float, Callable[[Blocks], Tensor]]
 """(weight, outputs of one batch as a function of the blocks of the home chart)."""
@@ -58,10 +53,9 @@ class OutputCurvature(MetricField):
     def product(self, x: Blocks, v: Blocks) -> Blocks:
         total: Blocks | None = None
         for weight, outputs in self.parts():
-            f, velocity = _jvp(outputs, (x,), (v,))
+            f, velocity = products.jvp(outputs, x, v)
             self.inspect(f, x)
-            pull: Any = torch.func.vjp(outputs, x)[1]
-            term: Blocks = pull(weight * self.curvature(f, velocity))[0]
+            term: Blocks = products.vjp(outputs, x)[1](weight * self.curvature(f, velocity))
             total = term if total is None else axpy(1.0, total, term)
         assert total is not None
         return total
@@ -96,14 +90,14 @@ def _half_residual(field: OutputCurvature, x: Blocks, v: Blocks, w: Blocks) -> B
     """D_v [θ ↦ Jᵀ ½(A(f) c + A(f₀) c)] with c = J w frozen: w^k Γ_{k;ij} v^i for A of Hessian type."""
     total: Blocks | None = None
     for weight, outputs in field.parts():
-        f0, c = _jvp(outputs, (x,), (w,))
+        f0, c = products.jvp(outputs, x, w)
         fixed = field.curvature(f0, c)
 
         def covector(y: Blocks, outputs: Callable[[Blocks], Tensor] = outputs, fixed: Tensor = fixed, c: Tensor = c) -> Blocks:
-            f, pull = _vjp(outputs, y)
-            return pull(0.5 * (field.curvature(f, c) + fixed))[0]
+            f, pull = products.vjp(outputs, y)
+            return pull(0.5 * (field.curvature(f, c) + fixed))
 
-        term: Blocks = torch.func.jvp(covector, (x,), (v,))[1]
+        term: Blocks = products.jvp(covector, x, v)[1]
         term = term if weight == 1 else scale(weight, term)
         total = term if total is None else axpy(1.0, total, term)
     assert total is not None
@@ -140,9 +134,9 @@ def _first_kind_part(field: OutputCurvature, outputs: Callable[[Blocks], Tensor]
     """Jᵀ(A D²f(u, v) + ½ T(Ju, Jv)) with T the derivative of A along Ju."""
 
     def along_v(y: Blocks) -> tuple[Tensor, Tensor]:
-        return _jvp(outputs, (y,), (v,))
+        f, jv = products.jvp(outputs, y, v)
+        return f, jv
 
-    (f, jv), (ju, acceleration) = _jvp(along_v, (x,), (u,))
-    change = torch.func.jvp(lambda g: field.curvature(g, jv), (f,), (ju,))[1]
-    pull: Any = torch.func.vjp(outputs, x)[1]
-    return pull(field.curvature(f, acceleration) + 0.5 * change)[0]
+    (f, jv), (ju, acceleration) = products.jvp(along_v, x, u)
+    change = products.jvp(lambda g: field.curvature(g, jv), f, ju)[1]
+    return products.vjp(outputs, x)[1](field.curvature(f, acceleration) + 0.5 * change)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Chart, Point, Reparametrization, makers
-from geoad.errors import GeometryError, VarianceError
-from geoad.fields.scalar import ScalarField, require_point
+from geoad.charts import Chart, Point, Reparametrization, makers, meeting, station
+from geoad.errors import GeometryError, NotADiffeomorphismError, VarianceError
+from geoad.fields.scalar import ScalarField, apart, require_point
 from geoad.fields.transition import Transition
 from geoad.kernels import derivatives
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, axpy, is_wrapped, scale
-from geoad.tensors import Form, Metric, as_operator
+from geoad.tensors import Form, Metric, as_operator, seen_from
 from geoad.tensors.base import is_scalar
 
-__all__ = ["FormField", "FunctionMetric", "MetricField", "SumField", "over_points"]
+__all__ = ["FormField", "FunctionMetric", "InChart", "MetricField", "SumField", "over_points"]
 
 
 class FormField:
@@ -31,6 +31,7 @@ class FormField:
 
     Attributes:
         home: the chart in which the numbers are computed (where structure is imposed).
+        by_chart: given chart by chart on an atlas, so that only `local` says where the numbers are computed.
         constant: the components in ``home`` do not depend on the point, so the connection vanishes there.
         definite: known to be positive definite everywhere.
     """
@@ -39,6 +40,7 @@ class FormField:
     value_class: builtins.type[Form] = Form
     home: Chart
     chart: Chart
+    by_chart: bool = False
     constant: bool = False
     definite: bool = False
 
@@ -53,9 +55,17 @@ class FormField:
         """G(x) v, differentiable in x and v."""
         return self.operator(x).mv(v)
 
+    def local(self, p: Point) -> FormField:
+        """The field as it is computed at p, with one ``home``: itself, unless it is given chart by chart on an atlas.
+
+        At a point of a chart below an immersion it is the restricted field, with a home in that chart.
+        """
+        place = station(self.home, p.chart)
+        return self if place is self.home else InChart(self, place)
+
     def home_at(self, p: Point) -> Chart:
         """The chart in which the value at p is computed."""
-        return self.home
+        return self.local(p).home
 
     @property
     def placed(self) -> bool:
@@ -67,10 +77,13 @@ class FormField:
         return self
 
     def __call__(self, p: Point) -> Any:
-        here = require_point(p, self.home, f"a {type(self).__name__} field").to(self.home)
+        field = self.local(require_point(p, self.home, f"a {type(self).__name__} field"))
+        if field is not self:
+            return field(p)
+        here = p.to(self.home)
         if here.batch_shape:
             return over_points(self, p)
-        return self.value_class(p.chart, self.operator(here.blocks), p, home=self.home)
+        return seen_from(self.value_class, self.home, self.operator(here.blocks), p)
 
     def to(self, chart: Chart | Reparametrization) -> FormField:
         """The same field, presented in another chart of the manifold."""
@@ -94,7 +107,7 @@ class FormField:
                 "identity it adds. "
                 "Use field + lam * geoad.metrics.Euclidean(chart)."
             )
-        return SumField([(1.0, self), (1.0, other)])
+        return combined([(1.0, self), (1.0, other)])
 
     def __radd__(self, other: Any) -> FormField:
         if type(other) is int and other == 0:  # where sum(fields) starts
@@ -104,7 +117,7 @@ class FormField:
     def __sub__(self, other: Any) -> FormField:
         if not isinstance(other, FormField):
             return self + other  # raises
-        return SumField([(1.0, self), (-1.0, other)])
+        return combined([(1.0, self), (-1.0, other)])
 
     def __mul__(self, factor: Any) -> FormField:
         if isinstance(factor, ScalarField):
@@ -113,7 +126,7 @@ class FormField:
             raise VarianceError(
                 f"a {type(self).__name__} field is scaled by numbers and scalar fields, found {type(factor).__name__}."
             )
-        return SumField([(factor if isinstance(factor, Tensor) else float(factor), self)])
+        return combined([(factor if isinstance(factor, Tensor) else float(factor), self)])
 
     __rmul__ = __mul__
 
@@ -125,6 +138,8 @@ class FormField:
 
     def scaled_by(self, factor: ScalarField) -> FormField:
         """The conformal field h G for a function h (positive, if G is to stay a metric)."""
+        if apart(factor, self):
+            return makers["gathered_form"](FormField.scaled_by, (self, factor), self.value_class, self.definite)
         return Conformal(factor, self)
 
 
@@ -155,6 +170,24 @@ def _is_positive(factor: Factor) -> bool:
     return factor > 0
 
 
+Term = tuple[Factor, FormField]
+
+
+def combined(terms: list[Term]) -> FormField:
+    """Σ c_i field_i; where the fields are given in different charts of an atlas, summed at the point where it is asked for."""
+    placed = [field for _, field in terms if field.placed]
+    if not any(apart(placed[0], each) for each in placed):
+        return SumField(terms)
+    positive = all(_is_positive(factor) and issubclass(field.value_class, Metric) for factor, field in terms)
+    factors = [factor for factor, _ in terms]
+    return makers["gathered_form"](
+        lambda *fields: SumField(list(zip(factors, fields, strict=True))),
+        [field for _, field in terms],
+        Metric if positive else Form,
+        positive and any(field.definite for _, field in terms),
+    )
+
+
 class SumField(MetricField):
     """Σ c_i field_i; a metric field if all terms are and all coefficients are positive."""
 
@@ -164,10 +197,10 @@ class SumField(MetricField):
         for factor, field in terms if known is None else [(c, each.place(known)) for c, each in terms]:
             inner = field.terms if isinstance(field, SumField) else [(1.0, field)]
             flat.extend((factor * c, each) for c, each in inner)
-        homes = {field.home for _, field in flat}
-        home = flat[0][1].home if len(homes) == 1 else flat[0][1].home.reference
+        homes = [field.home for _, field in flat]
         for other in homes:
-            Transition(home, other)  # raises for another manifold
+            Transition(homes[0], other)  # raises for another manifold
+        home = meeting(homes)
         super().__init__(home)
         self.terms = flat
         self.constant = all(field.constant and field.home == home for _, field in flat)
@@ -197,20 +230,35 @@ class SumField(MetricField):
 
 
 class InChart(MetricField):
-    """A field computed in its own home and written in another chart: J⁻ᵀ G J⁻¹ on plain blocks."""
+    """A field computed in its own home and written in another chart: J⁻ᵀ G J⁻¹ on plain blocks.
+
+    Below an immersion this is the induced metric; below a map that is not one to one it is degenerate.
+    """
 
     def __init__(self, field: FormField, home: Chart) -> None:
         super().__init__(home)
         self.field = field
         self.value_class = field.value_class
-        self.definite = field.definite
         self.way = Transition(home, field.home)
+        self.degenerate = any(bound.law in ("submersion", "smooth") for bound, _ in self.way.steps)
+        self.definite = field.definite and not self.degenerate
+        self.constant = field.constant and all(bound.linear for bound, _ in self.way.steps)
 
     def product(self, x: Blocks, v: Blocks) -> Blocks:
         return self.way.pull(x, self.field.product(self.way(x), self.way.push(x, v)))
 
     def operator(self, x: Blocks) -> LinearOperator:
         return FieldOperator(self, x, definite=self.definite)
+
+
+def require_connection(field: FormField, what: str) -> None:
+    """Raise `NotADiffeomorphismError` if the field is degenerate where it is needed, so that it has no connection."""
+    if isinstance(field, InChart) and field.degenerate:
+        raise NotADiffeomorphismError(
+            f"{what} was asked in chart '{field.home.name}' with a metric of chart '{field.field.home.name}': the map between "
+            "them is not one to one, so the metric is degenerate there and has no connection. Pass a metric of the chart "
+            f"itself, metric=geoad.metrics.Euclidean({field.home.name}), or compute in '{field.field.home.name}'."
+        )
 
 
 class FieldOperator(ops.Implicit):

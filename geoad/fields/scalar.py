@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from geoad.charts import Chart, Components, Point, Reparametrization, makers
+from geoad import transport
+from geoad.charts import (
+    Chart,
+    Components,
+    Point,
+    Reparametrization,
+    makers,
+    meeting,
+    over_batch,
+    path,
+    same_manifold,
+    section_between,
+)
 from geoad.errors import ChartMismatchError, VarianceError
 from geoad.fields.transition import Transition
 from geoad.kernels import derivatives
 from geoad.kernels.derivatives import Part
+from geoad.kernels.ladder import visit
 from geoad.params import Blocks
 from geoad.tensors.base import is_scalar
 
-__all__ = ["ScalarField", "Source", "require_point"]
+__all__ = ["ScalarField", "Source", "apart", "require_point"]
 
 
 class Source(Protocol):
@@ -34,6 +48,7 @@ class FunctionSource:
         self.chart, self.fn = chart, fn
 
     def _evaluate(self, x: Blocks) -> Tensor:
+        visit(self)
         return self.fn(self.chart.unpack(x))
 
     def parts(self) -> Iterable[Part]:
@@ -89,6 +104,8 @@ class ScalarField:
     """
 
     type = (0, 0)
+    by_chart: bool = False
+    """The field is given chart by chart on an atlas: only `local` says where its numbers are computed."""
 
     def __init__(self, home: Chart, source: Source, *, chart: Chart | None = None) -> None:
         self.home = home
@@ -102,16 +119,34 @@ class ScalarField:
         """The parts, as functions of the blocks of ``home``."""
         return self.source.parts()
 
+    def local(self, p: Point) -> ScalarField:
+        """The field as it is computed at p, with one ``home``: itself, unless it is given chart by chart on an atlas."""
+        return self
+
     def __call__(self, p: Point) -> Tensor:
         """The value at p; for a batch of points one value each."""
-        here = require_point(p, self.home, "a scalar field").to(self.home)
+        field = self.local(require_point(p, self.home, "a scalar field"))
+        here = p.to(field.home)
+        if section_between(p.chart, field.home) is not None:
+            field._require_basic(here, p.chart)
 
         def at(x: Blocks) -> Tensor:
-            return derivatives.value(self.parts(), x)
+            return derivatives.value(field.parts(), x)
 
         for _ in here.batch_shape:
             at = torch.func.vmap(at)
         return at(here.blocks)
+
+    def _require_basic(self, here: Point, chart: Chart) -> None:
+        """A function of redundant coordinates is one of `chart` only if it is constant along the fibres."""
+        for phi, along in path(here.chart, chart):
+            if not along and phi.map.law in ("immersion", "smooth"):
+                raise transport.refusal("a function", phi, along)
+
+        def slope(x: Blocks) -> Blocks:
+            return derivatives.gradient(self.parts(), x)
+
+        transport.covector(over_batch(slope, len(here.batch_shape), here.blocks), here, chart, checked=True)
 
     def to(self, chart: Chart | Reparametrization) -> ScalarField:
         """The same function, presented in another chart of the manifold: h becomes h∘φ⁻¹."""
@@ -130,6 +165,9 @@ class ScalarField:
         """The same function with its parts written in `chart`."""
         if chart == self.home:
             return self
+        section = section_between(chart, self.home)
+        if section is not None:
+            raise transport.refusal(f"a function given in '{self.home.name}'", section, along=False)
         return ScalarField(chart, _Moved(self.source, Transition(chart, self.home)), chart=self.chart)
 
     # -- algebra -----------------------------------------------------------------------------------------------------
@@ -137,7 +175,7 @@ class ScalarField:
     def _with(self, other: ScalarField) -> tuple[Chart, Source, Source]:
         if self.home == other.home:
             return self.home, self.source, other.source
-        home = self.home.reference
+        home = meeting([self.home, other.home])
         return home, self.in_home(home).source, other.in_home(home).source
 
     def __add__(self, other: Any) -> ScalarField:
@@ -156,6 +194,8 @@ class ScalarField:
             other = ScalarField(self.home, _Constant(other))
         if not isinstance(other, ScalarField):
             raise VarianceError(_not_scalar("add", other))
+        if apart(self, other):
+            return makers["gathered_scalar"](operator.add if sign > 0 else operator.sub, self, other)
         home, a, b = self._with(other)
         return ScalarField(home, _Linear([(1.0, a), (sign, b)]))
 
@@ -169,6 +209,8 @@ class ScalarField:
             if scaled_by is not None:
                 return scaled_by(self)
             raise VarianceError(_not_scalar("multiply", other))
+        if apart(self, other):
+            return makers["gathered_scalar"](operator.mul, self, other)
         home, a, b = self._with(other)
         return ScalarField(home, _Combined(torch.mul, [a, b]))
 
@@ -179,6 +221,8 @@ class ScalarField:
             return self * (1 / other)
         if not isinstance(other, ScalarField):
             raise VarianceError(_not_scalar("divide", other))
+        if apart(self, other):
+            return makers["gathered_scalar"](operator.truediv, self, other)
         home, a, b = self._with(other)
         return ScalarField(home, _Combined(torch.div, [a, b]))
 
@@ -217,6 +261,17 @@ def _not_scalar(what: str, other: Any) -> str:
     )
 
 
+def apart(a: Any, b: Any) -> bool:
+    """True if two fields of an atlas are computed in charts that need not contain the same points.
+
+    Then they meet only at a point, where both are asked for their `local` field.
+    """
+    if a.by_chart or b.by_chart:
+        return True
+    first, second = a.home.reference, b.home.reference
+    return first != second and same_manifold(first, second)
+
+
 def require_point(p: Any, chart: Chart, what: str) -> Point:
     """`p` as a `Point` of the manifold of `chart`, or an error."""
     if not isinstance(p, Point):
@@ -225,7 +280,7 @@ def require_point(p: Any, chart: Chart, what: str) -> Point:
             "which point "
             "they mean. Pass geo.point() or chart.point(components)."
         )
-    if p.chart.reference != chart.reference:
+    if not same_manifold(p.chart, chart):
         raise ChartMismatchError(
             f"{what} on the manifold of chart '{chart.reference.name}' was given a point of chart '{p.chart.name}', "
             "which belongs to "

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
+from geoad.kernels import products
 from geoad.params import Blocks, axpy, scale
 
 __all__ = ["Part", "gradient", "hessian_product", "require_scalar", "value", "value_and_gradient"]
@@ -65,8 +65,7 @@ def value_and_gradient(parts: Iterable[Part], x: Blocks) -> tuple[Tensor, Blocks
             result = require_scalar(fn(blocks))
             return result, result
 
-        differential: Any = torch.func.grad(with_value, has_aux=True)
-        slope, result = differential(x)
+        slope, result = products.gradient(with_value, x)
         if coefficient != 1:
             slope, result = scale(coefficient, slope), coefficient * result
         total = (result, slope) if total is None else (total[0] + result, axpy(1.0, total[1], slope))
@@ -74,22 +73,11 @@ def value_and_gradient(parts: Iterable[Part], x: Blocks) -> tuple[Tensor, Blocks
 
 
 def hessian_product(parts: Iterable[Part], x: Blocks, v: Blocks) -> Blocks:
-    """Σ c ∇²f(x) v, forward over reverse."""
+    """Σ c ∇²f(x) v, forward over reverse where torch can."""
     total: Blocks | None = None
     for coefficient, fn in parts:
-        differential: Any = torch.func.grad(fn)
-        try:
-            product: Blocks = torch.func.jvp(differential, (x,), (v,))[1]
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _NO_FORWARD_DERIVATIVE):
-                raise
-            pull: Any = torch.func.vjp(differential, x)[1]  # the same product, for ∇²f is symmetric
-            product = pull(v)[0]
+        product: Blocks = products.hessian_product(fn, x, v)
         if coefficient != 1:
             product = scale(coefficient, product)
         total = product if total is None else axpy(1.0, total, product)
     return _require(total)
-
-
-_NO_FORWARD_DERIVATIVE = ("ZeroTensors are immutable", "forward AD", "forward-mode AD")
-"""What torch says where the backward of an operation has no (or, as that of F.mse_loss, a broken) forward derivative."""

@@ -1,4 +1,4 @@
-"""Per-sample Jacobians by ``vmap`` + ``jacrev``: the generic path that works for any network that vmap can batch."""
+"""Per-sample Jacobians by ``vmap`` + ``jacrev``, or sample by sample: the generic path that works for any network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from geoad.kernels import products
+from geoad.kernels.ladder import climb
 from geoad.params import Blocks, Layout
 
 __all__ = ["sample_jacobian"]
@@ -17,18 +19,36 @@ def sample_jacobian(outputs: Callable[[Blocks, Any], Tensor], layout: Layout, x:
     """Outputs (n, ..., c) and Jacobian (n, ..., c, d) of each sample with respect to the raveled blocks.
 
     Every sample keeps a batch axis of 1 inside, so that layers which expect one (convolutions, flatten, norms) behave. Inputs
-    may be tensors, or mappings and sequences of them; what is no tensor, or has no axis, is the same for all samples.
+    may be tensors, or mappings and sequences of them; what is no tensor, or has no axis, is the same for all samples. Networks
+    that ``vmap`` cannot batch (recurrent layers, data-dependent control flow) are gone through sample by sample.
     """
     flat = layout.ravel(x)
+    batch = tuple(_batched(inputs))
 
     def single(vector: Tensor, samples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         value = outputs(layout.unravel(vector), _rebuild(inputs, iter(samples)))[0]
         return value, value
 
-    differentiate: Any = torch.func.jacrev(single, has_aux=True)
-    mapped: Any = torch.func.vmap(differentiate, in_dims=(None, 0))
-    jacobian, value = mapped(flat, tuple(_batched(inputs)))
-    return value, jacobian
+    def by_vmap() -> tuple[Tensor, Tensor]:
+        differentiate: Any = torch.func.jacrev(single, has_aux=True)
+        jacobian, value = products.quiet_vmap(differentiate, in_dims=(None, 0))(flat, batch)
+        return value, jacobian
+
+    def by_loop() -> tuple[Tensor, Tensor]:
+        rows = [_one_jacobian(single, flat, tuple(each[i] for each in batch)) for i in range(batch[0].shape[0])]
+        values, jacobians = zip(*rows, strict=True)
+        return torch.stack(values), torch.stack(jacobians)
+
+    return climb("samples", [("vmap", by_vmap), ("loop", by_loop)])
+
+
+def _one_jacobian(
+    single: Callable[..., tuple[Tensor, Tensor]], flat: Tensor, sample: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    value, pull, _ = products.vjp(lambda vector: single(vector, sample), flat, has_aux=True)
+    eye = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
+    rows: Tensor = products.mapped(lambda row: pull(row.reshape(value.shape)), eye)
+    return value, rows.reshape(*value.shape, flat.numel())
 
 
 def _batched(inputs: Any) -> Iterator[Tensor]:

@@ -2,8 +2,9 @@
 
 The fused ``layer_norm``, ``instance_norm`` and (in training mode) ``batch_norm`` of torch 2.13 treat the saved mean and
 variance as constants in some second derivatives and are wrong in silence by tens of percent: under jvp of jvp (pytorch issue
-196700), and under any derivative of a ``vmap``-ped vjp, which includes ``torch.func.hessian`` and ``jacfwd(jacrev(f))``.
-Under nested transforms geoad evaluates networks with the formulas of these layers instead.
+196700), and under any derivative of a ``vmap``-ped vjp, which includes ``torch.func.hessian`` and ``jacfwd(jacrev(f))``. So is
+every second derivative of the fused weight normalisation. Under nested transforms geoad evaluates networks with the formulas
+of these layers instead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def spelled_out() -> AbstractContextManager[Any]:
 
 
 class SpelledOut(TorchFunctionMode):
-    """Layer, instance and batch norm by their formulas.
+    """Layer, instance, batch and weight norm by their formulas.
 
     >>> import torch
     >>> from geoad.kernels.norms import SpelledOut
@@ -102,7 +103,13 @@ def _instance_norm(
     return _affine(_normalised(input, tuple(range(2, input.ndim)), eps), weight, bias, _channels(input))
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    norm = torch.linalg.vector_norm(v, dim=None if dim == -1 else [i for i in range(v.ndim) if i != dim % v.ndim], keepdim=True)
+    return v * (g / norm.reshape(g.shape))
+
+
 _FORMULAS: dict[Any, Callable[..., Tensor | None]] = {
+    torch._weight_norm: _weight_norm,  # pyright: ignore
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,

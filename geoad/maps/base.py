@@ -1,45 +1,54 @@
-"""What a change of coordinates is: a recipe that is bound to blocks, and four matrix-free Jacobian products."""
+"""What a map between charts is: a recipe that is bound to blocks, and four matrix-free Jacobian products."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from geoad.errors import ChartDomainError, GeometryError
+from geoad.errors import ChartDomainError, GeometryError, NotADiffeomorphismError
 from geoad.maps.numbers import Numbers
 from geoad.params import Blocks, Layout
 
-__all__ = ["BlockMap", "Diffeomorphism"]
+__all__ = ["BlockMap", "Diffeomorphism", "Law", "Map", "join_laws"]
+
+Law = Literal["diffeomorphism", "submersion", "immersion", "smooth"]
+"""What is known of a map between charts: the law tables of `geoad.transport` have a column for each."""
 
 
-class Diffeomorphism(Numbers):
-    r"""A smooth map :math:`\varphi: \theta \mapsto \psi` with a smooth inverse, on dicts of blocks.
+def join_laws(laws: Iterable[Law]) -> Law:
+    """The law of a map made of maps of these laws, side by side or one after the other."""
+    found = set(laws) - {"diffeomorphism"}
+    if not found:
+        return "diffeomorphism"
+    return found.pop() if len(found) == 1 else "smooth"
+
+
+class Map(Numbers):
+    r"""A map between the coordinates θ of a chart and other coordinates ψ, on dicts of blocks.
 
     An instance that a user makes is a *recipe*; ``chart.reparametrize`` calls `bind`, which returns a copy that knows
-    its blocks and owns its numbers. ``joint`` recipes receive all matched blocks at once; the others are `BlockMap`.
+    its blocks and owns its numbers. ``joint`` recipes receive all matched blocks at once.
 
-    A subclass gives `forward` and `invert` (and the two checks where the domain or the image is not everything). The
-    four Jacobian products and `log_abs_det` default to autodiff and are overridden where a closed form exists. Each
-    takes both ends, ``x`` (θ) and ``y`` (ψ), so that no map is evaluated twice:
+    Four Jacobian products say how objects move. Each takes both ends, ``x`` (θ) and ``y`` (ψ), so that no map is
+    evaluated twice:
 
-    ================== =====================================  ================
-    `push`             :math:`J v`                            θ-vector to ψ
-    `pull`             :math:`J^\top w`                       ψ-covector to θ
-    `push_inverse`     :math:`J^{-1} v`                       ψ-vector to θ
-    `pull_inverse`     :math:`J^{-\top} w`                    θ-covector to ψ
-    ================== =====================================  ================
+    ================== ====================================  ==========================  ==========================
+    product            moves                                 for ψ = φ(θ), invertible    for θ = f(ψ), see SmoothMap
+    ================== ====================================  ==========================  ==========================
+    `push`             θ-vector to ψ                         :math:`J v`                 horizontal lift
+    `pull`             ψ-covector to θ                       :math:`J^\top w`            its transpose
+    `push_inverse`     ψ-vector to θ                         :math:`J^{-1} v`            :math:`J_f v`
+    `pull_inverse`     θ-covector to ψ                       :math:`J^{-\top} w`         :math:`J_f^\top w`
+    ================== ====================================  ==========================  ==========================
 
-    Numbers of a map (scales, rotations) are kept in float64 buffers and cast to the dtype and device of the components
-    at use (`constant`), so that a map means the same in every precision; learnable ones are ``nn.Parameter``.
-
-    `forward`, `invert` and the products also take blocks with batch axes in front wherever no reduction over a whole
-    block is involved; `log_abs_det` is for one point, use ``torch.func.vmap`` for many.
     """
 
-    joint: ClassVar[bool] = True
+    law: Law = "diffeomorphism"
+    joint: bool = True
     #: The Jacobian is diagonal.
     elementwise: bool = False
     #: Every block is mapped by itself.
@@ -54,12 +63,14 @@ class Diffeomorphism(Numbers):
     def __init__(self) -> None:
         super().__init__()
         self.layout: Layout | None = None
+        #: A point (or its blocks) that the recipe refers to, e.g. the weights that LoRA adapts.
+        self.base: Any = None
 
     def bind(self, layout: Layout) -> Self:
         """A copy of the recipe that is bound to the blocks of `layout`."""
         self.require_recipe()
-        # the generator is shared, not copied: a copy would give every block the same numbers
-        bound = copy.deepcopy(self, {id(self.generator): self.generator})
+        # the generator is shared, not copied: a copy would give every block the same numbers; so is the base, which is large
+        bound = copy.deepcopy(self, {id(shared): shared for shared in (self.generator, self.base)})
         bound.layout = layout
         bound.prepare(layout)
         bound.generator = None
@@ -75,6 +86,24 @@ class Diffeomorphism(Numbers):
 
     def prepare(self, layout: Layout) -> None:
         """Hook of `bind`: check the shapes, draw random numbers, register buffers."""
+
+    def settled(self, blocks_of: Callable[[Any], Blocks]) -> Self:
+        """The recipe with its `base` point as blocks of the chart in which it is about to be bound."""
+        if not hasattr(self.base, "chart"):
+            return self
+        twin = copy.copy(self)
+        twin.base = blocks_of(self.base)
+        return twin
+
+    @property
+    def groups(self) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """(blocks of θ, blocks of ψ) that depend on one another; all of them unless the map knows better."""
+        return [(self.bound_layout().names, tuple(self.image_shapes))]
+
+    @property
+    def image_shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of the blocks of ψ; those of θ unless the map says otherwise."""
+        return dict(self.bound_layout().items())
 
     # -- the map ---------------------------------------------------------------------------------------------------
 
@@ -97,7 +126,64 @@ class Diffeomorphism(Numbers):
     @property
     def full_domain(self) -> bool:
         """True if every θ is in the domain, so that `outside_domain` need not be asked."""
-        return type(self).outside_domain is Diffeomorphism.outside_domain
+        return type(self).outside_domain is Map.outside_domain
+
+    def near(self, x: Blocks, y: Blocks) -> Blocks:
+        """The ψ that lies over θ = `x` and continues `y`, a ψ over a nearby θ; φ(x) where the map is invertible."""
+        return self.forward(x)
+
+    # -- Jacobian products -----------------------------------------------------------------------------------------
+
+    def push(self, x: Blocks, y: Blocks, v: Blocks) -> Blocks:
+        """A θ-vector in ψ."""
+        raise no_law(self, "a vector", "from θ to ψ")
+
+    def pull(self, x: Blocks, y: Blocks, w: Blocks) -> Blocks:
+        """A ψ-covector in θ."""
+        raise no_law(self, "a covector", "from ψ to θ")
+
+    def push_inverse(self, x: Blocks, y: Blocks, v: Blocks) -> Blocks:
+        """A ψ-vector in θ."""
+        raise _missing(self, "push_inverse")
+
+    def pull_inverse(self, x: Blocks, y: Blocks, w: Blocks) -> Blocks:
+        """A θ-covector in ψ."""
+        raise _missing(self, "pull_inverse")
+
+    def log_abs_det(self, x: Blocks, y: Blocks) -> Tensor:
+        """log |det ∂ψ/∂θ| at θ = x, a scalar."""
+        raise no_law(self, "a density", "either way")
+
+    # -- numbers -----------------------------------------------------------------------------------------------------
+
+    def bound_layout(self) -> Layout:
+        """The layout this map is bound to."""
+        if self.layout is None:
+            raise GeometryError(
+                f"{type(self).__name__} is a recipe that is not bound to blocks yet, so it has no Jacobian. Bind it "
+                "with chart.reparametrize(recipe), or recipe.bind(layout)."
+            )
+        return self.layout
+
+    @property
+    def learnable(self) -> bool:
+        """True if the map has parameters of its own."""
+        return next(self.parameters(), None) is not None
+
+
+class Diffeomorphism(Map):
+    r"""A smooth map :math:`\varphi: \theta \mapsto \psi` with a smooth inverse, on dicts of blocks.
+
+    ``joint`` recipes receive all matched blocks at once; the others are `BlockMap`. A subclass gives `forward` and
+    `invert` (and the two checks where the domain or the image is not everything). The four Jacobian products (with
+    :math:`J = ∂ψ/∂θ`, see `Map`) and `log_abs_det` default to autodiff and are overridden where a closed form exists.
+
+    Numbers of a map (scales, rotations) are kept in float64 buffers and cast to the dtype and device of the components
+    at use (`constant`), so that a map means the same in every precision; learnable ones are ``nn.Parameter``.
+
+    `forward`, `invert` and the products also take blocks with batch axes in front wherever no reduction over a whole
+    block is involved; `log_abs_det` is for one point, use ``torch.func.vmap`` for many.
+    """
 
     # -- Jacobian products -----------------------------------------------------------------------------------------
 
@@ -126,22 +212,6 @@ class Diffeomorphism(Numbers):
 
         jacobian: Any = torch.func.jacfwd(raveled)(layout.ravel(x))
         return torch.linalg.slogdet(jacobian).logabsdet
-
-    # -- numbers -----------------------------------------------------------------------------------------------------
-
-    def bound_layout(self) -> Layout:
-        """The layout this map is bound to."""
-        if self.layout is None:
-            raise GeometryError(
-                f"{type(self).__name__} is a recipe that is not bound to blocks yet, so it has no Jacobian. Bind it "
-                "with chart.reparametrize(recipe), or recipe.bind(layout)."
-            )
-        return self.layout
-
-    @property
-    def learnable(self) -> bool:
-        """True if the map has parameters of its own."""
-        return next(self.parameters(), None) is not None
 
 
 class BlockMap(Diffeomorphism):
@@ -256,7 +326,15 @@ class BlockMap(Diffeomorphism):
         return self.log_abs_det_block(x[self.name], y[self.name])
 
 
-def _missing(recipe: Diffeomorphism, method: str) -> GeometryError:
+def no_law(bound: Map, what: str, way: str) -> NotADiffeomorphismError:
+    """The refusal of a map that cannot be undone."""
+    return NotADiffeomorphismError(
+        f"{what} has no law {way} under {type(bound).__name__}: its Jacobian is no square, invertible matrix. "
+        "Objects that need its inverse cannot be moved; compute the object anew in the other chart."
+    )
+
+
+def _missing(recipe: Map, method: str) -> GeometryError:
     return GeometryError(
         f"{type(recipe).__name__} has no method `{method}`. A change of coordinates must be known in both directions, "
         "for objects "

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from geoad.charts import Chart, Point
-from geoad.errors import GeometryError
+from geoad.errors import GeometryError, NotADiffeomorphismError
 from geoad.fields import Transition
 from geoad.module.guards import Guards
-from geoad.module.node import Graph, Ledger, to_reference
+from geoad.module.leaves import dense, difference, leaf_like, make_leaves, moved_gradients, own_memory, write
+from geoad.module.node import Graph, Ledger, groups_of, to_reference
 from geoad.module.slots import Slots
 from geoad.params import Blocks, equal, first, is_wrapped, map_blocks
 from geoad.tensors import Covector
@@ -61,7 +62,7 @@ class Coordinates:
 
     def __getstate__(self) -> dict[str, Any]:
         # gradients are not copied with a module, nor is what remembers them
-        return {**self.__dict__, "_ledger": Ledger(), "_graph": None, "_evaluating": 0}
+        return {**self.__dict__, "_ledger": Ledger(self._ledger.groups), "_graph": None, "_evaluating": 0}
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class Coordinates:
             self.chart.check_domain(current, "the module's parameters")
             with _plain():
                 for name, block in self._way(current).items():
-                    _write(self.theta[name], block)
+                    write(self.theta[name], block)
                 self._ledger.clear()
                 self._remember(map_blocks(torch.clone, current))
         return {name: parameter.detach() for name, parameter in self.theta.items()}
@@ -183,47 +184,57 @@ class Coordinates:
         here = self.point()
         point = here.to(chart)
         theta = here.to(self.reference)
-        cotangents = self.cotangents()
-        slopes = self._gradients(cotangents, theta, chart)
-        flags = {name: p.requires_grad for name, p in live.items()}
+        self.slots.seats_of(chart.layout)  # raises before anything is changed
+        try:
+            cotangents = self.cotangents()
+        except NotADiffeomorphismError:  # of an earlier point of redundant coordinates, or edited: no differential here
+            cotangents = dict.fromkeys(self.theta)
+        way = None if chart == self.reference else Transition(chart, self.reference)
+        groups = [] if way is None else groups_of(way)
+        flags = self._flags(live)
+        slopes = moved_gradients(cotangents, theta, chart, groups, flags)
         self.guards.release()
         self.chart = chart
         self._forget()
+        self._ledger = Ledger(groups)
         self.psi = None
-        if chart != self.reference:
-            self.psi = {name: _leaf(p, point.blocks[name], flags[name]) for name, p in live.items()}
+        if way is not None:
+            self.psi = make_leaves(point, self.theta, groups, flags)
         for name, parameter in self.theta.items():
             parameter.requires_grad_(flags[name])
             parameter.grad = cotangents[name] if self.psi is None else None
         self.slots.write(self.live_unchecked())
         if self.psi is not None:
-            self._way = Transition(chart, self.reference)
+            self._way = way
             self._remember(map_blocks(torch.clone, point.blocks))
             for name, slope in slopes.items():
                 self.psi[name].grad = None if slope is None else slope.clone()
-                self._ledger.set(name, cotangents[name], slope)
+            for index, (names, images) in enumerate(groups):
+                self._ledger.set(index, tuple(cotangents[n] for n in names), tuple(slopes[n] for n in images))
             self.guards.set()
         self._last = point
+
+    def _flags(self, live: dict[str, nn.Parameter]) -> dict[str, bool]:
+        """Which blocks of θ are trained: those for which some leaf of their group is."""
+        if self.psi is None:
+            return {name: parameter.requires_grad for name, parameter in live.items()}
+        known = {name: parameter.requires_grad for name, parameter in self.theta.items()}
+        for names, images in self._ledger.groups:
+            if images:  # frozen blocks have no leaves
+                known |= dict.fromkeys(names, any(live[image].requires_grad for image in images))
+        return known
 
     def live_unchecked(self) -> dict[str, nn.Parameter]:
         """The leaves, without a look at the slots."""
         return self.theta if self.psi is None else self.psi
 
-    def _gradients(self, cotangents: dict[str, Tensor | None], theta: Point, chart: Chart) -> dict[str, Tensor | None]:
-        """The ``.grad`` of the leaves in `chart` for cotangents of θ."""
-        if chart == self.reference or all(each is None for each in cotangents.values()):
-            return cotangents
-        blocks = {
-            name: theta.blocks[name].new_zeros(block.shape) if (cot := cotangents[name]) is None else _dense(cot)
-            for name, block in theta.blocks.items()
-        }
-        moved = Covector(self.reference, blocks, theta).to(chart).blocks
-        flags = {name: p.requires_grad for name, p in self.live_unchecked().items()}
-        blockwise = Transition(self.reference, chart).blockwise
-        return {
-            name: slope if flags[name] and not (blockwise and cotangents[name] is None) else None
-            for name, slope in moved.items()
-        }
+    def leaves_of(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """The leaves of the present chart that stand for these blocks of θ."""
+        live, wanted = self.live(), set(names)
+        if self.psi is None:
+            return [live[name] for name in live if name in wanted]
+        images = {image for theta, psi in self._ledger.groups if wanted & set(theta) for image in psi}
+        return [live[name] for name in live if name in images]
 
     # -- for optimizers ---------------------------------------------------------------------------------------------------
 
@@ -238,44 +249,58 @@ class Coordinates:
             return {name: parameter.grad for name, parameter in live.items()}, False
         found: dict[str, Tensor | None] = {}
         edits: dict[str, Tensor] = {}
-        for name, leaf in self.psi.items():
-            present = leaf.grad
-            if not leaf.requires_grad:
-                found[name] = None
+        for index, (names, images) in enumerate(self._ledger.groups):
+            leaves = [self.psi[image] for image in images]
+            if not any(leaf.requires_grad for leaf in leaves):
+                found |= dict.fromkeys(names)
                 continue
-            theta, psi, whole = self._ledger.accounted(name, present)
-            found[name] = theta
-            if present is not None and not whole:
-                if psi is not None and bool(psi.isfinite().all()):
-                    edits[name] = present.detach() - psi
-                else:  # all of it comes from elsewhere, or replaces what is not finite
-                    edits[name], found[name] = present.detach(), None
+            present = tuple(leaf.grad for leaf in leaves)
+            theta, psi, whole = self._ledger.accounted(index, present, [self.theta[name] for name in names])
+            if not whole:
+                known = any(each is not None for each in psi)
+                if not known or not all(bool(each.isfinite().all()) for each in psi if each is not None):
+                    theta, psi = (None,) * len(names), (None,) * len(images)  # all of it comes from elsewhere
+                edits |= {n: difference(new, old, leaf) for n, new, old, leaf in zip(images, present, psi, leaves, strict=True)}
+            found |= zip(names, theta, strict=True)
         if edits:
             self._add(found, edits)
-        return found, bool(edits)
+        return {name: found[name] for name in self.theta}, bool(edits)
 
     def _add(self, found: dict[str, Tensor | None], edits: dict[str, Tensor]) -> None:
         assert self.psi is not None
         point = self.point()
         zero = {name: edits.get(name, torch.zeros_like(block)) for name, block in point.blocks.items()}
-        moved = Covector(self.chart, zero, point).to(self.reference).blocks
+        try:
+            moved = Covector(self.chart, zero, point).to(self.reference).blocks
+        except NotADiffeomorphismError as error:
+            raise NotADiffeomorphismError(
+                f"the gradients in chart '{self.chart.name}' are those of no function of the network: they were edited there "
+                "(a penalty on redundant coordinates, clipping by value), or belong to an earlier point. Call zero_grad() and "
+                f"backward() again, and make edits in chart '{self.reference.name}'. {error}"
+            ) from error
         joint = not Transition(self.reference, self.chart).blockwise
-        for name, slope in moved.items():
-            if self.psi[name].requires_grad and (name in edits or joint):
-                known = found[name]
-                found[name] = slope if known is None else _dense(known) + slope
+        for names, images in self._ledger.groups:
+            if not any(self.psi[image].requires_grad for image in images):
+                continue
+            if joint or any(image in edits for image in images):
+                for name in names:
+                    known = found[name]
+                    found[name] = moved[name] if known is None else dense(known) + moved[name]
 
     def load_cotangents(self) -> None:
         """Give the stored θ their ``.grad`` and ``requires_grad``; nothing to do in the reference chart."""
         if self.psi is None:
             return
         found, edited = self._account()
-        for name, slope in found.items():
-            leaf, parameter = self.psi[name], self.theta[name]
-            parameter.requires_grad_(leaf.requires_grad)
-            parameter.grad = slope
-            if edited and leaf.requires_grad:
-                self._ledger.set(name, slope, None if leaf.grad is None else leaf.grad.detach().clone())
+        for index, (names, images) in enumerate(self._ledger.groups):
+            leaves = [self.psi[image] for image in images]
+            trained = any(leaf.requires_grad for leaf in leaves)
+            for name in names:
+                self.theta[name].requires_grad_(trained)
+                self.theta[name].grad = found[name]
+            if edited and trained:
+                held = tuple(None if leaf.grad is None else leaf.grad.detach().clone() for leaf in leaves)
+                self._ledger.set(index, tuple(found[name] for name in names), held)
 
     def drop_cotangents(self) -> None:
         """Clear the ``.grad`` of the stored θ; nothing to do in the reference chart, where they are the module's own."""
@@ -289,8 +314,9 @@ class Coordinates:
             return
         with _plain():
             theta = {name: parameter.detach() for name, parameter in self.theta.items()}
-            point = Point(self.reference, theta).to(self.chart)
-            own = {name: _own(point.blocks[name], theta) for name in theta}
+            before = Point(self.chart, {name: parameter.detach() for name, parameter in self.psi.items()})
+            point = Point(self.reference, theta).followed_from(before)
+            own = {name: own_memory(block, theta) for name, block in point.blocks.items()}
             for name, parameter in self.psi.items():
                 parameter.copy_(own[name])
             self._remember(own)
@@ -300,11 +326,11 @@ class Coordinates:
         leaves = self.live()
         with _plain():
             for name, parameter in self.theta.items():
-                _write(parameter, theta[name])
+                write(parameter, theta[name])
             if self.psi is not None:
                 own = map_blocks(torch.clone, blocks)
                 for name, parameter in leaves.items():
-                    _write(parameter, own[name])
+                    write(parameter, own[name])
                 self._ledger.clear()
                 self._remember(own)
 
@@ -348,15 +374,17 @@ class Coordinates:
         if not self.suspended or self.psi is None:
             return
         with _plain():
+            assert self.slots.seats is self.slots.places
             self.theta = self.slots.read_parameters()
             theta = {name: parameter.detach() for name, parameter in self.theta.items()}
             blocks = saved or Point(self.reference, theta).to(self.chart).blocks
-            own = {name: _own(block.to(theta[name]), theta) for name, block in blocks.items()}
+            like = first(theta)
+            own = {name: own_memory(block.to(theta.get(name, like)), theta) for name, block in blocks.items()}
             for name, parameter in self.psi.items():
                 if parameter.dtype == own[name].dtype and parameter.device == own[name].device:
                     parameter.copy_(own[name])
                 else:
-                    self.psi[name] = _leaf(parameter, own[name], parameter.requires_grad)
+                    self.psi[name] = leaf_like(parameter, own[name], parameter.requires_grad)
             self.suspended = False
             self.slots.write(self.psi)
             self._ledger.clear()
@@ -369,27 +397,3 @@ def _read_weights(coordinates: Coordinates) -> dict[str, Tensor]:
 
 
 _untraced: Any = torch.compiler.disable(_read_weights)
-
-
-def _leaf(like: nn.Parameter, block: Tensor, requires_grad: bool) -> nn.Parameter:
-    """A parameter with the values of `block` and the attributes of `like`."""
-    leaf = nn.Parameter(block.detach().clone(), requires_grad=requires_grad)
-    vars(leaf).update(vars(like))
-    return leaf
-
-
-def _write(parameter: nn.Parameter, block: Tensor) -> None:
-    if parameter.dtype == block.dtype and parameter.device == block.device:
-        parameter.copy_(block)
-    else:  # the bare network was converted
-        parameter.data = block.clone()
-
-
-def _own(block: Tensor, others: Blocks) -> Tensor:
-    """`block` with memory of its own (maps may hand back their arguments)."""
-    memory = block.untyped_storage().data_ptr()
-    return block.clone() if any(memory == each.untyped_storage().data_ptr() for each in others.values()) else block.detach()
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.is_sparse else tensor

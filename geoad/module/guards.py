@@ -55,7 +55,8 @@ class Guards:
         if psi is None:
             return
         for owner, attribute, name in self.below.get(module, ()):
-            if vars(owner)["_parameters"].get(attribute) is psi[name]:
+            held = vars(owner)["_parameters"].get(attribute)
+            if held is None or held is psi.get(name):  # no weights there, for the chart has other blocks; or coordinates
                 what = "the network" if module is self.net else f"a {type(module).__name__} of the network"
                 raise GeometryError(
                     f"{what} was called directly while its parameters are the coordinates of chart "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -12,11 +12,13 @@ from geoad.charts import Chart, Point, Reparametrization
 from geoad.data import require_match, without_targets
 from geoad.errors import GeometryError
 from geoad.fields import ScalarField
+from geoad.kernels.ladder import visit
 from geoad.kernels.norms import spelled_out
 from geoad.module.coordinates import Coordinates
 from geoad.module.slots import Place, Selection, select
 from geoad.module.sources import LossSource, NetworkSource
 from geoad.module.state import KEY, Loading, note
+from geoad.module.support import Survey, Use, admit, deterministic
 from geoad.params import Blocks
 from geoad.tensors import Covector
 
@@ -66,6 +68,7 @@ class GeoModule(nn.Module):
                 f"a GeoModule wraps an nn.Module, found {type(net).__name__}. Pass the network itself; for a plain function of "
                 "a dict of tensors make a free chart: geoad.Chart({'x': shape})."
             )
+        net = admit(net)
         chosen = select(net, params)
         own = self.__dict__
         # the wrapper shares the registries of the network: names, buffers and children are the network's own
@@ -75,12 +78,14 @@ class GeoModule(nn.Module):
         own["_wrapped"] = net
         own["_forward_fn"] = forward
         own["_coordinates"] = Coordinates(net, chosen)
+        own["_survey"] = Survey()
         own["_loading"] = None
         self.register_load_state_dict_post_hook(_finish_loading)
 
     _wrapped: nn.Module
     _forward_fn: Callable[[nn.Module, Any], Any] | None
     _coordinates: Coordinates
+    _survey: Survey
     _loading: Loading | None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -152,7 +157,9 @@ class GeoModule(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """``geo.to(chart)`` turns the module's parameters into the coordinates of `chart`; devices and dtypes as usual.
 
-        Gradients move along. A `Reparametrization` stands for its target.
+        Gradients move along, where they have a law (of redundant coordinates only those that belong to the present point).
+        Charts with other blocks (`geoad.maps.SmoothMap`) give the module parameters of other names, such as
+        ``0.weight_g``. A `Reparametrization` stands for its target.
 
         Raises:
             ChartDomainError: the present point has no coordinates in `chart`; nothing was changed.
@@ -198,14 +205,24 @@ class GeoModule(nn.Module):
             raise
 
     def apply_network(self, theta: Blocks, fn: Callable[..., Any], *args: Any) -> Any:
-        """fn(net, *args) with the reference coordinates `theta` in the network."""
-        buffers: list[Place] = []
-        for module in self._wrapped.modules():
-            if module.training:
-                held = vars(module)["_buffers"]
-                buffers += [(held, name, value.clone()) for name, value in held.items() if value is not None]
-        with self._coordinates.evaluating(), spelled_out():  # the norms of torch have wrong second derivatives
-            return self._coordinates.slots.call(theta, fn, self._wrapped, *args, buffers=buffers)
+        """fn(net, *args) with the reference coordinates `theta` in the network.
+
+        Raises:
+            UnsupportedModuleError: the network is not a function of its parameters that autodiff sees through (random, with
+                parameters that are read past their places, ...).
+        """
+        visit(self)
+        net, coordinates = self._wrapped, self._coordinates
+        training = [module for module in net.modules() if module.training]
+
+        def run(values: Blocks, given: Sequence[Any]) -> Any:
+            buffers = [place for module in training for place in _copied_buffers(module)]
+            with coordinates.evaluating(), deterministic():
+                return coordinates.slots.call(values, fn, net, *given, buffers=buffers)
+
+        self._survey(Use(self, net, fn, coordinates.theta, bool(training)), run, theta, args)
+        with spelled_out():  # the norms of torch have wrong second derivatives
+            return run(theta, args)
 
     def loss(self, loss_fn: Callable[..., Tensor], data: Any, reduction: str = "mean") -> ScalarField:
         """The loss over a data set as a `ScalarField`.
@@ -280,6 +297,11 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
         return torch.zeros_like(parameter.detach())
     slope = parameter.grad.detach()
     return slope.to_dense() if slope.is_sparse else slope.clone()
+
+
+def _copied_buffers(module: nn.Module) -> list[Place]:
+    held = vars(module)["_buffers"]
+    return [(held, name, value.clone()) for name, value in held.items() if value is not None]
 
 
 def _call(net: Callable[..., Any], *args: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from geoad.data import Batches, require_match
 from geoad.errors import GeometryError
 from geoad.kernels.derivatives import Part
+from geoad.kernels.ladder import visit
 from geoad.params import Blocks
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class LossSource:
         self._summed = own == "sum" or (self._takes_reduction and reduction == "sum")
 
     def _batch(self, x: Blocks, inputs: Any, targets: Any) -> Tensor:
+        visit(self)
         outputs = self.geo.evaluate(x, inputs)
         arguments = (outputs,) if targets is None else (outputs, targets)
         options = {"reduction": self.reduction} if self._takes_reduction else {}

@@ -26,7 +26,8 @@ def note(coordinates: Coordinates) -> dict[str, Any] | None:
     if coordinates.psi is None:
         return None
     theta = map_blocks(torch.clone, coordinates.stored())
-    return {"chart": coordinates.chart.uid, "name": coordinates.chart.name, "theta": theta}
+    blocks = list(coordinates.chart.layout)
+    return {"chart": coordinates.chart.uid, "name": coordinates.chart.name, "theta": theta, "blocks": blocks}
 
 
 class Loading:
@@ -49,12 +50,17 @@ class Loading:
         if told is not None:
             theta = self._theta(told)
             same = told["chart"] == coordinates.chart.uid and not coordinates.chart.learnable
-            psi = {name: state.get(prefix + aliases[name][0]) for name in present}
+            blocks = tuple(told.get("blocks") or present)
+            psi = {name: state.get(prefix + aliases.get(name, [name])[0]) for name in blocks}
             if same and all(isinstance(block, Tensor) for block in psi.values()):
                 self.saved = (cast(Blocks, psi), theta)
+            differs = set(blocks) != set(aliases)  # a chart with other blocks than θ
+            for name in blocks:
+                if name not in aliases:
+                    state.pop(prefix + name, None)
             for name, block in theta.items():
                 for alias in aliases.get(name, ()):
-                    if prefix + alias in state:
+                    if prefix + alias in state or differs:
                         state[prefix + alias] = block
         if coordinates.psi is None:
             return
@@ -76,7 +82,7 @@ class Loading:
         theta = {name: parameter.detach() for name, parameter in coordinates.slots.read_parameters().items()}
         saved = None
         if self.saved is not None and equal(self.saved[1], theta):
-            saved = {name: self.saved[0][name].detach() for name in theta}
+            saved = {name: block.detach() for name, block in self.saved[0].items()}
         try:
             coordinates.resume(saved)
         except GeometryError:

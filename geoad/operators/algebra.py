@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import singledispatch
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
+from geoad.kernels.products import mapped
 from geoad.operators.base import Dense, Detached, Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
 from geoad.params import Blocks, Layout, add, is_wrapped, map_blocks, scale
 
@@ -36,9 +36,7 @@ def _products_with_identity(operator: LinearOperator, layout: Layout) -> Tensor:
         return layout.ravel(operator.mv(layout.unravel(row)))
 
     eye = torch.eye(layout.dim, dtype=like.dtype, device=like.device)
-    mapped: Any = torch.func.vmap(product)
-    rows: list[Tensor] = [mapped(chunk) for chunk in eye.split(_CHUNK)]
-    return torch.cat(rows)
+    return mapped(product, eye, _CHUNK)
 
 
 @to_dense.register

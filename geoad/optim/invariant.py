@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from geoad.errors import ChartDomainError, GeometryError
+from geoad.errors import ChartDomainError, GeometryError, NotADiffeomorphismError
 from geoad.fields import Transition
 from geoad.module import GeoModule
 from geoad.module.slots import matching
@@ -91,6 +91,7 @@ class Invariant(Optimizer):
         """
         coordinates = self.geo.coordinates
         self._check_parameters()
+        self._check_chart()
         if coordinates.psi is None:
             return self._inner_step(None if closure is None else torch.enable_grad()(closure))
         backup = self._backup(always=closure is not None)
@@ -140,25 +141,34 @@ class Invariant(Optimizer):
                 "or loaded with assign=True), so a step would not reach them. Make the optimizer anew."
             )
 
+    def _check_chart(self) -> None:
+        chart = self.geo.chart
+        if chart.ground != self.geo.reference:
+            raise NotADiffeomorphismError(
+                f"Invariant was asked to step in chart '{chart.name}', which covers only a part of "
+                f"'{self.geo.reference.name}': a step of the reference coordinates leaves it. Step its own "
+                "coordinates with a plain optimizer, torch.optim.SGD(geo.parameters(), ...), or go back first with geo.to(geo.reference)."
+            )
+
     # -- leaving the domain ----------------------------------------------------------------------------------------------
 
-    def _backup(self, *, always: bool) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[Any, Any]] | None:
+    def _backup(self, *, always: bool) -> _Backup | None:
         """θ, groups and state as they are; None if no step can leave the domain of the chart."""
         way = Transition(self.geo.reference, self.geo.chart)
         if not always and all(bound.full_domain for bound, _ in way.steps):
             return None
-        theta = {name: p.detach().clone() for name, p in self.geo.coordinates.theta.items()}
+        coordinates = self.geo.coordinates
+        theta = {name: p.detach().clone() for name, p in coordinates.theta.items()}
+        psi = {name: p.detach().clone() for name, p in coordinates.live().items()}
         groups = [{key: _copy(value) for key, value in group.items() if key != "params"} for group in self.param_groups]
-        return theta, groups, {parameter: _copy(state) for parameter, state in self.state.items()}
+        return theta, psi, groups, {parameter: _copy(state) for parameter, state in self.state.items()}
 
-    def _restore(self, backup: tuple[dict[str, Tensor], list[dict[str, Any]], dict[Any, Any]] | None) -> None:
+    def _restore(self, backup: _Backup | None) -> None:
         if backup is None:
             self.geo.coordinates.write_back()
             return
-        theta, groups, state = backup
-        for name, parameter in self.geo.coordinates.theta.items():
-            parameter.copy_(theta[name])
-        self.geo.coordinates.write_back()
+        theta, psi, groups, state = backup
+        self.geo.coordinates.set(psi, theta)
         for group, before in zip(self.param_groups, groups, strict=True):
             group.update(before)
         self.state.clear()
@@ -168,9 +178,7 @@ class Invariant(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters that are stepped, in the module's chart."""
-        live = self.geo.coordinates.live()
-        for name in self._names:
-            parameter = live[name]
+        for parameter in self.geo.coordinates.leaves_of(self._names):
             if parameter.grad is not None:
                 parameter.grad = None if set_to_none else torch.zeros_like(parameter.grad)
 
@@ -195,6 +203,10 @@ class Invariant(Optimizer):
 
     def __repr__(self) -> str:
         return f"Invariant({self.inner!r})"
+
+
+_Backup = tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]], dict[Any, Any]]
+"""θ, ψ, the groups and the state of the inner optimizer."""
 
 
 def _check_arguments(geo: Any, optimizer: Any) -> None:

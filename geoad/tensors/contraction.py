@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Point, same_point
+from geoad.charts import Point, same_manifold, same_point
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.params import insert_axes
 from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe
@@ -48,7 +48,7 @@ def matmul(a: Any, b: Any) -> Any:
     elif isinstance(b, Rank2):
         if isinstance(a, Rank1):
             return b.mT.mv(a)
-        if isinstance(a, Rank2) and a.chart.reference == b.chart.reference:
+        if isinstance(a, Rank2) and same_manifold(a.chart, b.chart):
             return a.compose(b)
     require_typed(a, b)
     x, y = len(a.axes), len(b.axes)
@@ -202,7 +202,7 @@ def _base_points(operands: list[Any]) -> list[Point]:
         for other in points:
             if at is other or at.token is other.token:
                 break
-            if at.chart.reference == other.chart.reference:
+            if same_manifold(at.chart, other.chart):
                 if not same_point(at.to(other.chart), other):
                     raise BasePointError(
                         f"cannot contract: {describe(operand)} lives at another point than the other operands. Tangent "

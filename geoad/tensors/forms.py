@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Chart, makers
+from geoad.charts import Chart, Point, flat_reference, same_space
 from geoad.errors import GeometryError, SingularMetricError, VarianceError
 from geoad.operators import CG, LinearOperator
+from geoad.operators.eigen import order
 from geoad.params import is_wrapped, register_pytree
 from geoad.tensors.base import Axis, TypedTensor, describe, require_same_place
 from geoad.tensors.densities import Density, LogDensity
 from geoad.tensors.general import GeoTensor
 from geoad.tensors.pairing import evaluate
-from geoad.tensors.rank1 import Covector, Rank1, Vector, require_at
+from geoad.tensors.rank1 import Covector, Rank1, Vector
 from geoad.tensors.rank2 import CLASSES, Rank2, for_batch
 
-__all__ = ["Cometric", "DualEndomorphism", "Endomorphism", "Form", "Metric", "as_operator", "reference_metric"]
+__all__ = ["Cometric", "DualEndomorphism", "Endomorphism", "Form", "HorizontalMetric", "Metric", "reference_metric"]
 
 
 class _Bilinear(Rank2):
@@ -33,6 +34,7 @@ class _Bilinear(Rank2):
 
     def slogdet(self) -> tuple[Tensor, LogDensity]:
         """The sign and the logarithm of |det B|, a `LogDensity` of weight 2 (of weight -2 for upper indices)."""
+        self.require_own_space("the determinant")
         sign, logabsdet = ops.slogdet(self.op)
         here = self.at.to(self.home)
         return sign, LogDensity(self.home, logabsdet, self._det_weight(), here).to(self.chart)
@@ -45,6 +47,7 @@ class _Bilinear(Rank2):
 
     def det(self) -> Density:
         """det B, a `Density` of weight 2 (of weight -2 for upper indices): it moves by |det J⁻¹|^weight."""
+        self.require_own_space("the determinant")
         sign, logabsdet = ops.slogdet(self.op)
         here = self.at.to(self.home)
         return Density(self.home, sign * logabsdet.exp(), self._det_weight(), here).to(self.chart)
@@ -170,6 +173,37 @@ class Metric(Form):
         return (self.inverse() @ form).trace()
 
 
+class HorizontalMetric(Form):
+    r"""A metric seen in redundant coordinates ψ, :math:`J^\top G J` for a submersion π: ψ ↦ θ. Type (0,2).
+
+    It is semidefinite: vertical directions, along which the network does not change, have length 0. `sharp`, `solve` and
+    `norm` take place in the horizontal space, which π maps one to one to the tangent space of θ: ``G.sharp(w)`` is the
+    horizontal lift of G⁻¹ω, the solution with the least norm. Its determinant vanishes; see `geoad.quotient_logdet`.
+    """
+
+    __slots__ = ()
+
+    def flat(self, v: Vector) -> Covector:
+        """The covector G(v, ·); zero for vertical v."""
+        return self.mv(v)
+
+    def sharp(self, w: Covector, damping: float | Tensor = 0.0) -> Vector:
+        """The horizontal vector v with G(v, ·) = ω, for a basic ω."""
+        return self.solve(w, damping)
+
+    def norm(self, v: Rank1) -> Tensor:
+        """√G(v, v), the length of the horizontal part of v; for a basic covector √G⁻¹(ω, ω)."""
+        if isinstance(v, Covector):
+            return v(self.sharp(v)).clamp_min(0).sqrt()
+        return self(v, v).clamp_min(0).sqrt()
+
+    def trace(self, form: Any = None, *_: Any) -> Tensor:
+        """tr G⁻¹B of a basic form B: the trace over the horizontal space."""
+        if not isinstance(form, Form):
+            raise self._no_metric("the trace")
+        return (self.inverse() @ form).trace()
+
+
 class Cometric(_Bilinear):
     """A (2,0) tensor C^ij: an inverse metric, a posterior covariance. Moves by J C Jᵀ."""
 
@@ -209,11 +243,12 @@ class _Mixed(Rank2):
 
     def det(self) -> Tensor:
         """det E, a scalar."""
-        sign, logabsdet = ops.slogdet(self.op)
+        sign, logabsdet = self.slogdet()
         return sign * logabsdet.exp()
 
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """(sign, log |det E|), scalars."""
+        self.require_own_space("the determinant")
         return ops.slogdet(self.op)
 
     def logdet(self) -> Tensor:
@@ -222,19 +257,23 @@ class _Mixed(Rank2):
         Raises:
             SingularMetricError: the determinant is negative.
         """
-        sign, logabsdet = ops.slogdet(self.op)
+        sign, logabsdet = self.slogdet()
         _require_not_negative(self, sign)
         return torch.where(sign < 0, torch.full_like(logabsdet, torch.nan), logabsdet)
 
     def eigenvalues(self, k: int | None = None, which: str = "largest") -> Tensor:
         """Eigenvalues, descending (``which`` = "largest", "smallest" or "magnitude"); the first k only if `k` is given.
 
-        Real for E = G⁻¹B with a symmetric form B, else complex in general.
+        Real for E = G⁻¹B with a symmetric form B, else complex in general. In redundant coordinates the spectrum has a
+        zero for each vertical direction besides.
         """
-        return ops.eigvals(self.op, k, which)
+        values = ops.eigvals(self.op, k, which)
+        vertical = self.chart.dim - self.home.dim
+        return values if vertical == 0 else _with_zeros(values, vertical, k, which)
 
     def inverse(self) -> Any:
         """E⁻¹."""
+        self.require_own_space("the inverse")
         return self._like(ops.inverse(self.op))
 
     def solve(self, v: Any) -> Any:
@@ -268,6 +307,13 @@ class DualEndomorphism(_Mixed):
 CLASSES.update({(False, False): Form, (True, True): Cometric, (True, False): Endomorphism, (False, True): DualEndomorphism})
 
 
+def _with_zeros(values: Tensor, count: int, k: int | None, which: str) -> Tensor:
+    """Eigenvalues together with `count` zeros, in the order of `which`."""
+    zeros = values.new_zeros((*values.shape[:-1], count if k is None else min(count, k)))
+    joined = torch.cat([values, zeros], -1)
+    return joined.gather(-1, order(joined, which)[..., : k or joined.shape[-1]])
+
+
 def _require_not_negative(tensor: TypedTensor, sign: Tensor) -> None:
     if not is_wrapped({"": sign}) and bool((sign < 0).any()):
         raise SingularMetricError(
@@ -277,95 +323,20 @@ def _require_not_negative(tensor: TypedTensor, sign: Tensor) -> None:
 
 
 def reference_metric(tensor: TypedTensor) -> Metric:
-    """The Euclidean metric of the reference chart, at the point and in the chart of `tensor`."""
-    home = tensor.chart.reference
+    """The Euclidean metric of the reference chart, at the point and in the chart of `tensor`.
+
+    In redundant coordinates it is a `HorizontalMetric`, under an immersion the induced metric.
+    """
+    home = flat_reference(tensor.chart, "the default metric (of damping, of gradients)", "metric + lam * another_metric at p")
     one = torch.ones((), dtype=tensor.dtype, device=tensor.device)
-    return Metric(tensor.chart, ops.Multiple(home.layout, one, definite=True), tensor.at, home=home)
+    return seen_from(Metric, home, ops.Multiple(home.layout, one, definite=True), tensor.at)
 
 
-def as_operator(chart: Chart, components: Any, what: str, *, definite: bool = False, symmetric: bool = True) -> LinearOperator:
-    """User components of a two-index object: operator, (d, d) matrix, (*s, *s) tensor or nested dicts [row][column]."""
-    layout = chart.layout
-    if isinstance(components, TypedTensor):
-        raise VarianceError(
-            f"the components of {what} must be plain numbers, found {describe(components)}. To reinterpret the numbers "
-            "pass T.components."
-        )
-    if isinstance(components, LinearOperator):
-        if components.layout != layout:
-            raise GeometryError(
-                f"{what} in chart '{chart.name}' was given an operator on other blocks: {components.layout}, the chart "
-                f"has {layout}. "
-                "Build the operator on chart.layout."
-            )
-        return components
-    if isinstance(components, dict):
-        sizes = {name: shape.numel() for name, shape in layout.items()}
-        cells = {r: [_cell(components, r, c, sizes[r], sizes[c], what) for c in sizes] for r in sizes}
-        rows = [torch.cat(row, -1) for row in cells.values()]
-        matrix = torch.cat(rows, -2)
-    else:
-        matrix = torch.as_tensor(components)
-        square = layout[layout.names[0]] if len(layout) == 1 else torch.Size([layout.dim])
-        is_matrix = not square and matrix.shape[-2:] == (1, 1)  # of a block without axes: not a batch of numbers
-        if (
-            not is_matrix
-            and matrix.ndim >= 2 * len(square)
-            and matrix.shape[matrix.ndim - 2 * len(square) :] == (*square, *square)
-        ):
-            matrix = matrix.reshape(*matrix.shape[: matrix.ndim - 2 * len(square)], layout.dim, layout.dim)
-    if matrix.ndim < 2 or matrix.shape[-2:] != (layout.dim, layout.dim):
-        raise GeometryError(
-            f"{what} in chart '{chart.name}' needs a ({layout.dim}, {layout.dim}) matrix, found shape "
-            f"{tuple(matrix.shape)}. Rows and "
-            f"columns run over the blocks {list(layout.names)} in this order; nested dicts [row][column] work as well."
-        )
-    if not matrix.is_floating_point():
-        matrix = matrix.to(torch.get_default_dtype())
-    is_symmetric = definite if is_wrapped({"": matrix}) else symmetric and ops.is_symmetric(matrix)
-    return ops.Dense(layout, matrix, symmetric=is_symmetric, definite=definite)
-
-
-def _cell(nested: dict[str, Any], row: str, column: str, height: int, width: int, what: str) -> Tensor:
-    try:
-        return nested[row][column].reshape(height, width)
-    except (KeyError, RuntimeError) as error:
-        raise GeometryError(
-            f"{what}: the entry [{row!r}][{column!r}] is missing or has the wrong shape (wanted {height} × {width} "
-            "numbers). Give "
-            "nested dicts [row][column] with an entry for each pair of blocks."
-        ) from error
-
-
-def _make_form(chart: Chart, components: Any, *, at: Any) -> Form:
-    return Form(chart, as_operator(chart, components, "a Form"), require_at(chart, at, "a Form"))
-
-
-def _make_metric(chart: Chart, components: Any, *, at: Any) -> Metric:
-    base = require_at(chart, at, "a Metric")
-    op = as_operator(chart, components, "a Metric")
-    if not op.symmetric and not is_wrapped({"": op.like}):
-        raise GeometryError(
-            f"a metric in chart '{chart.name}' must be symmetric, found a matrix that is not. An inner product does not "
-            "depend on "
-            "the order of its arguments; symmetrise it, 0.5 * (M + M.mT), or make a form: chart.form(m, at=p)."
-        )
-    if not is_wrapped({"": op.like}):
-        ops.inverse(op, positive=True)  # raises SingularMetricError if it is not positive definite
-    op.symmetric, op.definite = True, True
-    return Metric(chart, op, base)
-
-
-def _make_cometric(chart: Chart, components: Any, *, at: Any) -> Cometric:
-    return Cometric(chart, as_operator(chart, components, "a Cometric"), require_at(chart, at, "a Cometric"))
-
-
-def _make_endomorphism(chart: Chart, components: Any, *, at: Any) -> Endomorphism:
-    op = as_operator(chart, components, "an Endomorphism", symmetric=False)
-    return Endomorphism(chart, op, require_at(chart, at, "an Endomorphism"))
-
-
-makers.update(form=_make_form, metric=_make_metric, cometric=_make_cometric, endomorphism=_make_endomorphism)
+def seen_from(cls: Any, home: Chart, op: LinearOperator, at: Point) -> Any:
+    """The object with the operator `op` in chart `home`, seen in the chart of `at`."""
+    if same_space(home, at.chart):
+        return cls(at.chart, op, at, home=home)
+    return cls(home, op, at.to(home)).to(at.chart)
 
 
 def _flatten(tensor: Rank2) -> tuple[list[Any], Any]:
@@ -403,5 +374,5 @@ def _unflatten(cls: type[Rank2]) -> Any:
     return build
 
 
-for _cls in (Rank2, Form, Metric, Cometric, Endomorphism, DualEndomorphism):
+for _cls in (Rank2, Form, Metric, HorizontalMetric, Cometric, Endomorphism, DualEndomorphism):
     register_pytree(_cls, _flatten, _unflatten(_cls))

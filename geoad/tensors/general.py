@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad import transport
-from geoad.charts import Chart, Point
+from geoad.charts import Chart, Point, same_manifold
 from geoad.errors import BasePointError, ChartMismatchError, VarianceError
 from geoad.params import Layout, is_wrapped, register_pytree
 from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe
@@ -78,23 +78,24 @@ class GeoTensor(TypedTensor):
 
     def _to_chart(self, chart: Chart) -> Self:
         self.at.check_fresh()
-        if not any(axis.chart is not None and axis.chart.reference == chart.reference for axis in self._axes) and (
-            self.chart.reference != chart.reference
+        if not any(axis.chart is not None and same_manifold(axis.chart, chart) for axis in self._axes) and (
+            not same_manifold(self.chart, chart)
         ):
             raise ChartMismatchError(
                 f"cannot move {describe(self)} to chart '{chart.name}': none of its axes "
                 f"[{', '.join(map(str, self._axes))}] belongs "
                 "to that manifold. Only axes of the target chart's own manifold move."
             )
-        if self.chart.reference != chart.reference:
+        if not same_manifold(self.chart, chart):
             raise BasePointError(
                 f"cannot move the axes of {describe(self)} that belong to the space of chart '{chart.name}': the base "
                 "point there "
                 "is not known. Contract them, or move the components yourself."
             )
         ups = [axis.up if axis.chart == self.chart else None for axis in self._axes]
-        axes = [Axis(chart, axis.up, axis.size) if axis.chart == self.chart else axis for axis in self._axes]
-        return type(self)(transport.dense(self.data, ups, self.at, chart), axes, self.at.to(chart))
+        axes = [Axis(chart, axis.up, chart.dim) if axis.chart == self.chart else axis for axis in self._axes]
+        transport.require_law(self.chart, chart, ups.count(True), ups.count(False), describe(self))
+        return type(self)(transport.dense(self.data, ups, self.at, chart, checked=True), axes, self.at.to(chart))
 
     def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
         return type(self)(self.data.to(device, dtype), self._axes, self.at.to(dtype=dtype, device=device))
@@ -192,7 +193,7 @@ def build(data: Tensor, axes: Sequence[Axis], at: Point) -> Any:
         return data
     chart = axes[0].chart
     if chart is not None and chart is not at.chart and chart != at.chart and all(axis.chart == chart for axis in axes):
-        at = at.to(chart) if chart.reference == at.chart.reference else at  # the image of a change of chart
+        at = at.to(chart) if same_manifold(chart, at.chart) else at  # the image of a change of chart
     own = all(axis.chart is not None and axis.chart == at.chart for axis in axes)
     if own and len(axes) == 1:
         return (Vector if axes[0].up else Covector)(at.chart, at.chart.layout.unravel(data), at)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geoad import transport
-from geoad.charts import Chart, Components, Point, makers
+from geoad.charts import Chart, Components, Point, makers, same_manifold
 from geoad.errors import BasePointError, ChartMismatchError, VarianceError
 from geoad.params import Blocks, first, insert_axes, is_wrapped, map_blocks, register_pytree
 from geoad.repr import blocks_summary
@@ -66,7 +66,7 @@ class Rank1(TypedTensor):
     def _to_chart(self, chart: Chart) -> Self:
         self.at.check_fresh()
         move = transport.vector if self.up else transport.covector
-        return type(self)(chart, move(self.blocks, self.at, chart), self.at.to(chart))
+        return type(self)(chart, move(self.blocks, self.at, chart, checked=True), self.at.to(chart))
 
     def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
         blocks = map_blocks(lambda b: b.to(device=device, dtype=dtype), self.blocks)
@@ -137,7 +137,7 @@ def require_at(chart: Chart, at: Any, what: str) -> Point:
             "be moved, "
             "for the Jacobian of a change of chart is taken there. Pass at=chart.point(x) or at=geo.point()."
         )
-    if at.chart.reference != chart.reference:
+    if not same_manifold(at.chart, chart):
         raise ChartMismatchError(
             f"{what} in chart '{chart.name}' was given a base point in chart '{at.chart.name}' of another manifold. Make the "
             "point in the chart of the object, or in one related to it by reparametrize."

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad import transport
-from geoad.charts import Chart, Point
-from geoad.errors import GeometryError, VarianceError
+from geoad.charts import Chart, Point, same_space
+from geoad.errors import GeometryError, NotADiffeomorphismError, VarianceError
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, insert_axes, map_blocks
-from geoad.tensors.base import Axis, TypedTensor, describe, require_same_place
+from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, require_same_place
 from geoad.tensors.moved import Moved
 from geoad.tensors.rank1 import Covector, Rank1, Vector
 
@@ -125,7 +125,18 @@ class Rank2(TypedTensor):
 
     def _to_chart(self, chart: Chart) -> Self:
         self.at.check_fresh()
-        return type(self)(chart, self.op, self.at.to(chart), home=self.home, ups=self.ups)
+        if same_space(self.chart, chart):
+            return type(self)(chart, self.op, self.at.to(chart), home=self.home, ups=self.ups)
+        return HANDLERS["cross"](self, chart)
+
+    def require_own_space(self, what: str) -> None:
+        """Raise `NotADiffeomorphismError` if the object is seen in redundant coordinates, where `what` does not exist."""
+        if not same_space(self.home, self.chart):
+            raise NotADiffeomorphismError(
+                f"{what} of {describe(self)} was asked in redundant coordinates of '{self.home.name}': there it is singular, "
+                "for vertical directions do not change the network, and what remains is a quotient. Use "
+                f"geoad.quotient_logdet(B, G), or take it in the other chart: T.to({self.home.name})."
+            )
 
     def map_numbers(self, fn: Callable[[Tensor], Tensor]) -> Self:
         return self._like(_map_operator(self.op, fn))
@@ -276,10 +287,11 @@ def _map_operator(op: LinearOperator, fn: Callable[[Tensor], Tensor]) -> LinearO
 
 
 def common_home(a: Rank2, b: Rank2) -> tuple[Chart, LinearOperator, LinearOperator]:
-    """A chart and both operators in it: the shared home, or the reference chart."""
+    """A chart and both operators in it: the shared home, or the root of their space (the reference chart)."""
     if a.home == b.home:
         return a.home, a.op, b.op
-    home = a.chart.reference
+    # under a map that cannot be undone the chart in which both are seen is the only one that is sure to serve both
+    home = a.home.space if same_space(a.home, b.home) else a.chart
     return home, a.operator_in(home), b.operator_in(home)
 
 

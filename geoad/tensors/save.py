@@ -19,7 +19,7 @@ from geoad.operators import LinearOperator
 from geoad.params import Blocks, Layout
 from geoad.tensors.base import Axis, TypedTensor
 from geoad.tensors.densities import Density, LogDensity
-from geoad.tensors.forms import Cometric, DualEndomorphism, Endomorphism, Form, Metric
+from geoad.tensors.forms import Cometric, DualEndomorphism, Endomorphism, Form, HorizontalMetric, Metric
 from geoad.tensors.general import GeoTensor
 from geoad.tensors.rank1 import Covector, Rank1, Vector
 from geoad.tensors.rank2 import Rank2
@@ -32,7 +32,19 @@ _VERSION = 1
 _MARK = "geoad"
 _KINDS: dict[str, Any] = {
     cls.__name__: cls
-    for cls in (Vector, Covector, Form, Metric, Cometric, Endomorphism, DualEndomorphism, GeoTensor, Density, LogDensity)
+    for cls in (
+        Vector,
+        Covector,
+        Form,
+        Metric,
+        HorizontalMetric,
+        Cometric,
+        Endomorphism,
+        DualEndomorphism,
+        GeoTensor,
+        Density,
+        LogDensity,
+    )
 }
 
 
@@ -100,7 +112,7 @@ def _chart_state(chart: Chart) -> State:
         "names": list(chart.layout.names),
         "shapes": [list(shape) for shape in chart.layout.values()],
         "plain": chart.plain,
-        "reference": chart.parent is None,
+        "reference": chart.parent is None and chart.joined is None and chart.domain is None,
     }
 
 
@@ -186,12 +198,17 @@ def _operator(state: Mapping[str, Any], layout: Layout) -> LinearOperator:
     return ops.Dense(layout, state["matrix"], symmetric=state["symmetric"], definite=state["definite"])
 
 
+def _roots(chart: Chart) -> tuple[Chart, ...]:
+    """The reference chart, or the charts of the atlas."""
+    return (chart.reference,) if chart.atlas is None else chart.atlas.charts
+
+
 class _Reader:
     """Finds charts among those of the given manifolds."""
 
     def __init__(self, given: list[Chart], strict: bool) -> None:
         self.strict = strict
-        self.known = [chart for each in given for chart in each.reference.descendants()]
+        self.known = [chart for each in given for root in _roots(each) for chart in root.descendants()]
         self.made: dict[str, Chart] = {}
         self.open = not given
 

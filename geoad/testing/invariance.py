@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
-from geoad.charts import Chart, Point, Reparametrization
+from geoad.charts import Chart, Point, Reparametrization, same_manifold
 from geoad.errors import ChartMismatchError, GeometryError, NotADiffeomorphismError
-from geoad.maps.base import Diffeomorphism
+from geoad.maps.base import Map
 from geoad.module import GeoModule
 from geoad.tensors import TypedTensor, describe
 from geoad.testing.compare import difference, leaves, show
@@ -227,7 +227,7 @@ def _views(geo: GeoModule | Point | Chart, charts: Charts, seed: int) -> tuple[_
     start = _Start(geo, seed)
     if charts is None:
         return start, standard_charts(start.reference, seed=seed)
-    if isinstance(charts, (Chart, Reparametrization, Diffeomorphism)):
+    if isinstance(charts, (Chart, Reparametrization, Map)):
         charts = [charts]
     named = cast("Mapping[str, Any]", charts) if isinstance(charts, Mapping) else None
     given: Iterable[tuple[str, Any]] = (("", each) for each in charts) if named is None else named.items()
@@ -262,9 +262,9 @@ def _require_inverse(point: Point, chart: Chart, name: str) -> None:
 def _as_chart(given: Any, reference: Chart, name: str) -> Chart:
     if isinstance(given, Reparametrization):
         given = given.target
-    if isinstance(given, (Diffeomorphism, Mapping)):
+    if isinstance(given, (Map, Mapping)):
         return reference.reparametrize(cast(Any, given), name or type(given).__name__).target
-    if isinstance(given, Chart) and given.reference == reference:
+    if isinstance(given, Chart) and same_manifold(given, reference):
         return given
     found = f"chart '{given.name}' of another manifold" if isinstance(given, Chart) else type(given).__name__
     raise GeometryError(

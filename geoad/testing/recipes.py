@@ -14,7 +14,7 @@ from geoad import maps
 from geoad.charts import Chart, Point, Reparametrization
 from geoad.charts.reparametrization import between
 from geoad.errors import GeometryError
-from geoad.maps.base import Diffeomorphism
+from geoad.maps.base import Map
 from geoad.maps.select import Recipe, bind
 from geoad.params import Blocks, Layout
 
@@ -27,6 +27,11 @@ def _factor(draws: torch.Generator) -> float:
     """A factor between 1/3 and 3, of either sign."""
     size, sign = torch.rand(2, generator=draws, dtype=torch.float64).tolist()
     return math.copysign(3.0 ** (2 * size - 1), sign - 0.5)
+
+
+def _each(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """`fn` of a tensor, or of all tensors of a dict."""
+    return fn(x) if isinstance(x, Tensor) else {name: fn(block) for name, block in x.items()}
 
 
 RECIPES: dict[str, Maker] = {
@@ -46,6 +51,7 @@ RECIPES: dict[str, Maker] = {
     "polar": lambda draws: maps.Polar(),
     "polar columns": lambda draws: maps.Polar(0),
     "polar block": lambda draws: maps.Polar(None),
+    "polar plane": lambda draws: {"[23].bias": maps.PolarPlane(2 * math.pi)},
     "stereographic": lambda draws: maps.Polar(kind="stereographic"),
     "householder": lambda draws: maps.Householder(generator=draws),
     "householder right": lambda draws: maps.Householder(2, "right", generator=draws),
@@ -56,6 +62,9 @@ RECIPES: dict[str, Maker] = {
     "rescale": lambda draws: maps.Rescale(generator=draws),
     "coupling": lambda draws: maps.Coupling(generator=draws),
     "additive coupling": lambda draws: maps.Coupling("additive", layers=3, swap=True, generator=draws),
+    "inversion": lambda draws: maps.Inversion(2.0),
+    "wrap": lambda draws: maps.Wrap(),
+    "functions": lambda draws: maps.Functions(functools.partial(_each, torch.sinh), functools.partial(_each, torch.asinh)),
     "inverse": lambda draws: maps.Inverse(maps.Compose(maps.Affine(generator=draws), maps.Asinh())),
 }
 """Every map of `geoad.maps`, in forms that are defined at the points of `generic_blocks`."""
@@ -82,7 +91,7 @@ def generic_blocks(layout: Layout, seed: int, batch: Sequence[int] = (), dtype: 
     return layout.unravel((size * sign).to(dtype))
 
 
-def dense_jacobian(bound: Diffeomorphism, x: Blocks) -> Tensor:
+def dense_jacobian(bound: Map, x: Blocks) -> Tensor:
     """∂φ/∂θ at x, (d, d) in the order of the layout, by autodiff of `forward` alone."""
     layout = bound.bound_layout()
 
@@ -93,7 +102,7 @@ def dense_jacobian(bound: Diffeomorphism, x: Blocks) -> Tensor:
     return result
 
 
-def condition(phi: Reparametrization | Chart | Diffeomorphism, p: Point | Blocks) -> float:
+def condition(phi: Reparametrization | Chart | Map, p: Point | Blocks) -> float:
     """The condition number of J = ∂ψ/∂θ at p: how many digits a change of coordinates may cost.
 
     Args:
@@ -121,7 +130,7 @@ def condition(phi: Reparametrization | Chart | Diffeomorphism, p: Point | Blocks
         return round(float(torch.linalg.cond(dense_jacobian(bound, p))), 10)
 
 
-def inside(bound: Diffeomorphism, x: Blocks, max_condition: float) -> bool:
+def inside(bound: Map, x: Blocks, max_condition: float) -> bool:
     """True if `x` is in the domain of the map, its value is in the image, and J is conditioned better than `max_condition`."""
     if bound.outside_domain(x) is not None or bound.outside_image(bound.forward(x)) is not None:
         return False

@@ -32,6 +32,7 @@ from geoad.fields import MetricField
 from geoad.maps.select import Recipe, bind
 from geoad.params import Blocks, Layout
 from geoad.tensors import Cometric, Covector, Endomorphism, Form, Metric, Vector
+from geoad.testing.bent import BentImmersion, BentSubmersion
 from geoad.testing.networks import NETWORKS, SmallNetwork, build
 from geoad.testing.recipes import RECIPES, applicable, condition, generic_blocks, inside
 
@@ -51,13 +52,16 @@ __all__ = [
     "covectors",
     "endomorphisms",
     "forms",
+    "immersions",
     "metric_fields",
     "metrics",
     "points",
+    "points_above",
     "recipes",
     "reparametrizations",
     "seeds",
     "small_networks",
+    "submersions",
     "vectors",
 ]
 
@@ -121,8 +125,8 @@ def _draws(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _single(recipe: Recipe) -> maps.Diffeomorphism:
-    return recipe if isinstance(recipe, maps.Diffeomorphism) else maps.Compose(recipe)
+def _single(recipe: Recipe) -> maps.Map:
+    return recipe if isinstance(recipe, maps.Map) else maps.Compose(recipe)
 
 
 @st.composite
@@ -171,6 +175,87 @@ def points(draw: st.DrawFn, chart: Chart, *, batch_shape: Sequence[int] = (), ma
             continue
         if chart.parent is None or batch_shape or condition(chart, p) <= max_condition:
             return moved
+    assume(False)
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
+_EVERYWHERE = ("affine", "asinh", "sinh", "householder", "coupling")
+"""Changes of coordinates that are defined everywhere, with values everywhere."""
+
+
+@st.composite
+def _around(draw: st.DrawFn, layout: Layout, make: Callable[[int], Recipe]) -> Recipe:
+    """A recipe alone, or behind or before a change of coordinates."""
+    seed = draw(seeds())
+    recipe = make(seed)
+    where = draw(st.sampled_from(["alone", "below", "above"]))
+    if where == "alone":
+        return recipe
+    image = layout if where == "below" else Layout(bind(make(seed), layout).image_shapes)
+    key = draw(st.sampled_from([name for name in applicable(image) if name in _EVERYWHERE]))
+    other = RECIPES[key](_draws(seed + 1))
+    return maps.Compose(other, recipe) if where == "below" else maps.Compose(recipe, other)
+
+
+@st.composite
+def submersions(draw: st.DrawFn, chart: Chart) -> Reparametrization:
+    """Redundant coordinates for `chart`: `maps.Submersion` of random functions, `WeightNorm`, `Factorization` of full rank.
+
+    Alone, or behind or before a change of coordinates. Points of them are drawn by `points_above`.
+    """
+    layout = chart.layout
+    matrices = [name for name, shape in layout.items() if len(shape) >= 2]
+    rows = [name for name, shape in layout.items() if len(shape) >= 1]
+    kind = draw(st.sampled_from(["bent", *["weight norm"] * bool(rows), *["factors"] * bool(matrices)]))
+    extra = draw(st.integers(1, 3))
+
+    def make(seed: int) -> Recipe:
+        if kind == "bent":
+            return BentSubmersion(extra, generator=_draws(seed))
+        if kind == "weight norm":
+            return dict.fromkeys(rows, maps.WeightNorm(None if extra == 3 else 0))
+        ranks = {name: min(layout[name][0], layout[name][1:].numel()) + extra - 1 for name in matrices}
+        return {name: maps.Factorization(rank) for name, rank in ranks.items()}
+
+    return chart.reparametrize(draw(_around(layout, make)), "redundant")
+
+
+@st.composite
+def immersions(draw: st.DrawFn, chart: Chart) -> Reparametrization:
+    """Fewer coordinates than `chart`: `maps.Immersion` of random functions, `Subspace`, `Frozen` and `Tied` blocks.
+
+    Alone, or behind or before a change of coordinates. Points of them are drawn by `points_above`.
+    """
+    layout = chart.layout
+    frozen = layout.names[: len(layout) - 1]
+    tied = len(set(layout.values())) < len(layout)
+    kind = draw(st.sampled_from(["bent", "subspace", *["frozen"] * bool(frozen), *["tied"] * tied]))
+    dim = draw(st.integers(1, layout.dim))
+
+    def make(seed: int) -> Recipe:
+        if kind == "bent":
+            return BentImmersion(dim, generator=_draws(seed))
+        if kind == "subspace":
+            offset = generic_blocks(layout, seed)
+            return maps.Subspace(dim, offset, orthonormal=bool(seed % 2), generator=_draws(seed))
+        return maps.Tied() if kind == "tied" else dict.fromkeys(frozen, maps.Frozen(generic_blocks(layout, seed)))
+
+    return chart.reparametrize(draw(_around(layout, make)), "submanifold")
+
+
+@st.composite
+def points_above(draw: st.DrawFn, phi: Reparametrization, *, max_condition: float = 1e3) -> Point:
+    """Points of the target of a submersion or immersion, generic there, where its Jacobian has a bounded condition number."""
+    seed, layout = draw(seeds()), phi.target.layout
+    for shift in range(_TRIES):
+        y = generic_blocks(layout, seed + shift)
+        if phi.map.outside_image(y) is not None:
+            continue
+        jacobian: Any = torch.func.jacrev(lambda flat: phi.source.layout.ravel(phi.map.invert(layout.unravel(flat))))(
+            layout.ravel(y)
+        )
+        if float(torch.linalg.cond(jacobian)) <= max_condition:
+            return phi.target.point(y)
     assume(False)
     raise AssertionError("unreachable")  # pragma: no cover
 

@@ -1,0 +1,55 @@
+"""What a tensor depends on, read off the graph of plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["dependencies", "nodes", "once_differentiable"]
+
+
+def nodes(tensors: Iterable[Tensor]) -> list[Any]:
+    """The nodes of the graph above `tensors`."""
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen: dict[int, Any] = {id(node): node for node in waiting}
+    while waiting:
+        for parent, _ in waiting.pop().next_functions:
+            if parent is not None and id(parent) not in seen:
+                seen[id(parent)] = parent
+                waiting.append(parent)
+    return list(seen.values())
+
+
+def dependencies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves with ``requires_grad`` that `tensors` depend on.
+
+    >>> import torch
+    >>> from geoad.kernels.graph import dependencies
+    >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    >>> [leaf is a for leaf in dependencies([(a * b.detach()).sum()])]
+    [True]
+    """
+    given = list(tensors)
+    found = {id(each): each for each in given if each.is_leaf and each.requires_grad}
+    for node in nodes(given):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found[id(variable)] = variable
+    return list(found.values())
+
+
+def once_differentiable(found: Iterable[Any]) -> str | None:
+    """The name of an ``autograd.Function`` among the nodes whose backward has no derivative; None if there is none.
+
+    A second derivative through it is zero in silence where ``torch.func`` or ``torch.autograd.grad`` take it: the error that
+    ``@once_differentiable`` has ready waits at a place where they do not come by.
+    """
+    for node in found:
+        if type(node).__name__ in ("Error", "DelayedError"):
+            return "an autograd.Function"
+        code = getattr(getattr(getattr(type(node), "_forward_cls", None), "backward", None), "__code__", None)
+        if code is not None and code.co_qualname.startswith("once_differentiable."):
+            return f"the autograd.Function {type(node)._forward_cls.__name__}"
+    return None
