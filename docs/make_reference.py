@@ -20,7 +20,9 @@ MODULES = (
     "geoad.curvature",
     "geoad.optim",
     "geoad.operators",
+    "geoad.distributed",
     "geoad.testing",
+    "geoad.testing.zoo",
     "geoad.plotting",
     "geoad.errors",
 )

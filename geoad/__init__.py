@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from geoad import atlases as atlases
 from geoad import curvature as curvature
+from geoad import distributed as distributed
 from geoad import errors as errors
 from geoad import maps as maps
 from geoad import metrics as metrics

@@ -65,8 +65,7 @@ class _Embedding:
 
 def _inner(x: Tensor) -> Tensor:
     """1 / (1 + |x|²): 1 in the middle of a stereographic chart, ½ on the equator, 0 at the pole that it misses."""
-    square = (x * x).sum()
-    return (torch.ones_like(square) + square).reciprocal()  # Python numbers are slow in forward mode
+    return (x * x).sum().log1p().neg().exp()  # in forward mode, torch is slow with constants
 
 
 class _Round:
@@ -76,7 +75,10 @@ class _Round:
         self.layout, self.radius = layout, radius
 
     def __call__(self, x: Tensor) -> ops.LinearOperator:
-        return ops.Multiple(self.layout, x.new_full((), 4 * self.radius**2) * _inner(x).square(), definite=True)
+        twice = _inner(x)
+        twice = twice + twice
+        scale = twice if self.radius == 1 else self.radius * twice
+        return ops.Multiple(self.layout, scale.square(), definite=True)
 
 
 class Sphere(_Embedded):

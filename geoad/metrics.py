@@ -123,6 +123,7 @@ class Pullback(MetricField):
 
     def __init__(self, map: Callable[[Any], Any] | Reparametrization, metric: FormField, chart: Chart | None = None) -> None:
         if isinstance(map, Reparametrization):
+            map.require_derivative("a pull-back")
             chart, bound = map.source, map.map
             super().__init__(chart)
             self.map: Callable[[Blocks], Blocks] = bound.forward

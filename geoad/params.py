@@ -8,10 +8,12 @@ A *layout* is the ordered list of the blocks of a chart with their shapes. Compo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import pyfunctorch
 from torch.utils import _pytree as pytree
 
 from geoad.errors import GeometryError
@@ -29,6 +31,7 @@ __all__ = [
     "insert_axes",
     "is_wrapped",
     "map_blocks",
+    "outside_of_transforms",
     "register_pytree",
     "scale",
     "sub",
@@ -243,8 +246,19 @@ def unwrapped(a: Blocks) -> Blocks | None:
             if functorch.is_batchedtensor(block):
                 return None
             block = functorch.get_unwrapped(block)
-        plain[name] = block.detach()
-    return None if torch.compiler.is_compiling() else plain
+        plain[name] = block
+    if torch.compiler.is_compiling():
+        return None
+    with outside_of_transforms():
+        return detach(plain)
+
+
+def outside_of_transforms() -> AbstractContextManager[Any]:
+    """What is computed inside of this context takes no part in a transform that is going on; arguments must be `unwrapped`."""
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    if functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return pyfunctorch.temporarily_clear_interpreter_stack()
 
 
 def equal(a: Blocks, b: Blocks) -> bool:

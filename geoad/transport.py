@@ -29,7 +29,19 @@ from geoad.errors import NotADiffeomorphismError
 from geoad.maps.base import Law
 from geoad.params import Blocks, first, is_wrapped, map_blocks
 
-__all__ = ["Rule", "agree", "covector", "dense", "is_elementwise", "log_abs_det", "refusal", "require_law", "rule", "vector"]
+__all__ = [
+    "Rule",
+    "agree",
+    "covector",
+    "dense",
+    "is_elementwise",
+    "keeps_definite",
+    "log_abs_det",
+    "refusal",
+    "require_law",
+    "rule",
+    "vector",
+]
 
 _Product = Callable[[Blocks, Blocks, Blocks], Blocks]
 
@@ -225,6 +237,14 @@ def dense(data: Tensor, ups: Sequence[bool | None], at: Point, end: Chart, *, ch
             data = far.ravel(moved).movedim(-1, axis - len(ups))
         here = there
     return data
+
+
+def keeps_definite(start: Chart, end: Chart) -> bool:
+    """True if a definite form or cometric in `start` is definite in `end`: no direction is lost or added on the way."""
+    if start.space == end.space:
+        return True
+    kept = {("diffeomorphism", True), ("diffeomorphism", False), ("immersion", True), ("submersion", False)}
+    return all((phi.map.law, along) in kept for phi, along in path(start, end))
 
 
 def is_elementwise(start: Chart, end: Chart) -> bool:

@@ -335,9 +335,9 @@ def test_cocycle() -> None:
         geoad.atlases.Torus(2),
         geoad.atlases.PuncturedPlane(),
     ):
-        points = atlas.charts[0].point(0.3 + torch.rand(4, atlas.dim))
+        points = atlas.charts[0].point(0.3 + torch.rand(2, atlas.dim))
         assert atlas.check_cocycle(points) < 1e-13
-        assert atlas.check_cocycle([p.to(atlas.charts[-1]) for p in (points[0], points[1])]) < 1e-13
+        assert atlas.check_cocycle([points[0].to(atlas.charts[-1])]) < 1e-13
         single = atlas.charts[0].point(torch.full((atlas.dim,), 0.7, dtype=torch.float32))
         assert atlas.check_cocycle(single) < 1e-5
     space = geoad.atlases.ProjectiveSpace(2)
@@ -432,6 +432,18 @@ def test_of_two_detours_the_one_is_taken_that_contains_the_point() -> None:
         close(p.to(square[1]).components, torch.tensor([x]))
         close(w.to(square[1])(v.to(square[1])), torch.tensor(4.0))
         assert {chart.name for chart in atlas.charts_at(p)} == {"start", "end", "left" if x < 0 else "right"}
+    f = square[1].scalar_field(lambda x: x[0])
+    close(f(square[0].point(torch.ones(1))), torch.tensor(1.0))
+    with pytest.raises(ChartMismatchError, match="several ways"):
+        f.in_home(square[0])
+    # a longer way, if the shortest does not contain the point
+    low, high = (geoad.Chart((1,), name=name, domain={"x > 2": lambda x: x > 2}) for name in ("low", "high"))
+    ends = [geoad.Chart((1,), name=name) for name in ("first", "last")]
+    near = geoad.Chart((1,), name="near", domain={"x < 2": lambda x: x < 2})
+    pairs = [("first", "near"), ("near", "last"), ("first", "low"), ("low", "high"), ("high", "last")]
+    geoad.Atlas([*ends, near, low, high], dict.fromkeys(pairs, maps.Scale(1.0)))
+    for x in (1.0, 3.0):
+        close(ends[0].point(torch.tensor([x])).to(ends[1]).components, torch.tensor([x]))
     with pytest.raises(ChartDomainError, match="x < 0"):
         square[0].point(torch.tensor([[-1.0], [1.0]])).to(square[1])
 
@@ -580,6 +592,89 @@ def test_a_field_of_one_chart_works_where_that_covers() -> None:
         part(other.chart("north").point(torch.ones(2)))
 
 
+@pytest.mark.parametrize(
+    "chart", [geoad.Chart((2,), name="xy"), geoad.atlases.Sphere(2).chart("north")], ids=["chart", "atlas"]
+)
+def test_fields_of_other_manifolds_are_refused(chart: geoad.Chart) -> None:
+    sphere = geoad.atlases.Sphere(2)
+    h, metric = height(sphere), sphere.metric
+    p = chart.point(torch.ones(2))
+    v = chart.vector(torch.ones(2), at=p)
+    for ask in (
+        lambda: h(p), lambda: metric(p), lambda: geoad.riemannian_grad(h, metric)(p), lambda: geoad.christoffel(metric)(p),
+        lambda: geoad.geodesic(metric, p, v), lambda: geoad.parallel_transport(metric, lambda s: p, v, steps=2),
+        lambda: h + chart.scalar_field(lambda x: x[0]), lambda: metric + geoad.metrics.Euclidean(chart),
+        lambda: geoad.hessian(h, geoad.metrics.Euclidean(chart)), lambda: geoad.covariant_derivative(h, metric)(p),
+        lambda: geoad.flow(geoad.riemannian_grad(h, metric), p),
+    ):  # fmt: skip
+        with pytest.raises(ChartMismatchError):
+            ask()
+
+
+def test_products_of_fields() -> None:
+    sphere = geoad.atlases.Sphere(2)
+    north, south = sphere.charts
+    h = height(sphere)
+    p = south.point(torch.tensor([0.5, 1.0]))
+    v = south.vector(torch.tensor([1.0, -2.0]), at=p)
+    value, slope = geoad.jvp(h, (p,), (v,))
+    close(value, h(p))
+    close(slope, geoad.grad(h)(p)(v))
+    close(geoad.vjp(h, p)[1](torch.tensor(2.0)).components, 2 * geoad.grad(h)(p).components)
+    phi = sphere.transition(north, south)
+    close(geoad.pushforward(phi, v.to(north)).components, v.components)
+    close(geoad.jacobian(phi)(p).components, jacobian_of_inversion(p.to(north).components))
+    close(geoad.pullback(phi, h)(p), h(p))
+    geoad.testing.assert_equivariant(geoad.riemannian_grad(h, sphere.metric), p)
+    # inside of transforms
+    xs = torch.randn(3, 2)
+    close(torch.func.vmap(lambda x: h(north.point(x)))(xs), h(north.point(xs)))
+    one = sphere.scalar_field({south: lambda x: (x @ x - 1) / (x @ x + 1)})
+    close(torch.func.vmap(lambda x: one(north.point(x)))(xs), h(north.point(xs)))
+    close(torch.func.grad(lambda x: one(north.point(x)))(xs[0]), geoad.grad(h)(north.point(xs[0])).components)
+
+
+def test_charts_of_named_blocks() -> None:
+    """The plane in polar coordinates again, with dicts of numbers."""
+    domains: list[Any] = [{"r > 0": lambda c: c["r"] > 0, "cut": lambda c: c["a"].abs() < math.pi}]
+    domains.append({"r > 0": lambda c: c["r"] > 0, "cut": lambda c: (c["a"] > 0) & (c["a"] < 2 * math.pi)})
+    a, b = (geoad.Chart({"r": (), "a": ()}, name=name, domain=domain) for name, domain in zip("ab", domains, strict=True))
+    atlas = geoad.Atlas([a, b], {(a, b): {"a": maps.Wrap()}}, name="plane")
+
+    def euclidean(c: Any) -> Tensor:
+        return torch.diag(torch.stack([torch.ones_like(c["r"]), c["r"] ** 2]))
+
+    metric = atlas.metric_field({a: euclidean, b: euclidean})
+    p = a.point({"r": 1.0, "a": 3.0})
+    q, u = geoad.geodesic(metric, p, a.vector({"r": -0.1, "a": 0.8}, at=p), 1.0, steps=20, return_velocity=True)
+    assert q.chart is a  # without margins a chart is left only where it ends, and the result comes back to that of the start
+    start = torch.tensor([math.cos(3.0), math.sin(3.0)])
+    velocity = -0.1 * start + 0.8 * torch.tensor([-math.sin(3.0), math.cos(3.0)])
+    found = q.components
+    close(torch.stack([found["r"] * found["a"].cos(), found["r"] * found["a"].sin()]), start + velocity, 1e-6)
+    close(metric(q).norm(u), velocity.norm(), 1e-6)
+    assert atlas.check_cocycle([p, q]) < 1e-14
+
+
+def test_a_circle_of_latitude_below_a_chart_of_the_sphere() -> None:
+    """An immersion into one chart: metrics, gradients and geodesics are those of the circle of radius sin 1."""
+    sphere = geoad.atlases.Sphere(2)
+    north, south = sphere.charts
+    radius = math.tan(0.5)
+    around = maps.Immersion(lambda a: radius * torch.cat([a.cos(), a.sin()]), (1,), lambda y: torch.atan2(y[1:], y[:1]))
+    chart = north.reparametrize(around, name="circle").target
+    p = chart.point(torch.tensor([0.3]))
+    v = chart.vector(torch.tensor([2.0]), at=p)
+    metric = sphere.metric
+    close(metric(p).to_dense(), torch.tensor([[math.sin(1.0) ** 2]]))
+    close(geoad.geodesic(metric, p, v, 0.5, steps=4).components, torch.tensor([1.3]))
+    f = sphere.scalar_field({"north": lambda x: x[0], "south": lambda x: x[0] / (x @ x)})
+    close(geoad.riemannian_grad(f, metric)(p).components, torch.tensor([-radius * math.sin(0.3) / math.sin(1.0) ** 2]))
+    close(geoad.hessian(f, metric)(p).to_dense(), torch.tensor([[-radius * math.cos(0.3)]]))
+    close(geoad.grad(f)(p.to(south)).to(chart).components, geoad.grad(f)(p).components)
+    close(metric(p.to(south)).norm(v.to(south)), metric(p).norm(v))
+
+
 # -- what has no default --------------------------------------------------------------------------------------------------
 
 
@@ -629,15 +724,15 @@ def test_great_circles_through_both_poles() -> None:
     metric = sphere.metric
     pole = north.point(torch.zeros(2))
     v = north.vector(torch.tensor([0.3, 0.4]), at=pole)  # the length is 1
-    times = [math.pi / 4, math.pi, 1.5 * math.pi, 2 * math.pi, -2.0]
-    found = geoad.geodesic(metric, pole, v, times, steps=100, return_velocity=True)
-    assert [point.chart.name for point, _ in found] == ["north", "south", "north", "north", "south"]
+    times = [math.pi / 4, math.pi, 1.5 * math.pi, -2.0]
+    found = geoad.geodesic(metric, pole, v, times, steps=60, return_velocity=True)
+    assert [point.chart.name for point, _ in found] == ["north", "south", "north", "south"]
     for time, (point, velocity) in zip(times, found, strict=True):
-        close(sphere.embed(point), great_circle(sphere, v, time), 4e-6)  # measured: 2e-6, and 1e-7 with twice the steps
-        close(metric(point).norm(velocity), metric(pole).norm(v), 4e-7)
-    close(found[1][0].components, torch.zeros(2), 4e-6)  # the south pole
-    back = geoad.geodesic(metric, *found[1], -math.pi, chart=north, steps=50)
-    close(back.components, pole.components, 4e-6)
+        close(sphere.embed(point), great_circle(sphere, v, time), 8e-6)  # measured: 4e-6, and 3e-7 with twice the steps
+        close(metric(point).norm(velocity), metric(pole).norm(v), 1e-6)
+    close(found[1][0].components, torch.zeros(2), 8e-6)  # the south pole
+    back = geoad.geodesic(metric, *found[1], -math.pi, chart=north, steps=40)
+    close(back.components, pole.components, 1e-5)
     asked = geoad.geodesic(metric, pole, v, math.pi / 4, steps=20, chart=south)
     assert asked.chart is south
     with pytest.raises(ChartDomainError):
@@ -654,11 +749,11 @@ def test_every_chart_starts_the_same_geodesic() -> None:
     v = north.vector(torch.tensor([2.0, 1.0]), at=p)
     exact = great_circle(sphere, v, 1.0)
     for chart in (north, south, psi):
-        end = geoad.geodesic(sphere.metric, p.to(chart), v.to(chart), steps=40)
-        close(sphere.embed(end), exact, 1e-6)
+        end = geoad.geodesic(sphere.metric, p.to(chart), v.to(chart), steps=24)
+        close(sphere.embed(end), exact, 1e-5)
     # the sum of fields, and the pull-back of the surrounding metric, have the same connection
-    end = geoad.geodesic(sphere.metric + 2.0 * sphere.metric, p, v, steps=40)
-    close(sphere.embed(end), exact, 1e-6)
+    end = geoad.geodesic(sphere.metric + 2.0 * sphere.metric, p, v, steps=16)
+    close(sphere.embed(end), exact, 5e-5)
 
 
 def test_order_does_not_suffer_from_crossing() -> None:
@@ -676,16 +771,16 @@ def test_batches_go_their_own_ways() -> None:
     north = sphere.chart("north")
     starts = north.point(torch.tensor([[0.1, 0.0], [0.5, 0.5]]))
     v = north.vector(torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.5, 0.5], [1.0, 0.0]]]), at=starts)
-    ends, velocities = geoad.geodesic(sphere.metric, starts, v, 0.8, steps=16, return_velocity=True)
+    ends, velocities = geoad.geodesic(sphere.metric, starts, v, 0.8, steps=8, return_velocity=True)
     assert ends.batch_shape == (2, 2) == velocities.batch_shape
-    for i, j in itertools.product(range(2), range(2)):
-        one = geoad.geodesic(sphere.metric, starts[i], v[i, j], 0.8, steps=16, chart=ends.chart)
+    for i, j in ((0, 1), (1, 0)):
+        one = geoad.geodesic(sphere.metric, starts[i], v[i, j], 0.8, steps=8, chart=ends.chart)
         close(ends[i, j].components, one.components, 1e-12)
     # ends at both poles have no common chart
     both = north.point(torch.zeros(2, 2))
     half = north.vector(torch.tensor([[0.0, 0.0], [0.5, 0.0]]), at=both)
     with pytest.raises(ChartDomainError):
-        geoad.geodesic(sphere.metric, both, half, math.pi, steps=64, chart=sphere.chart("south"))
+        geoad.geodesic(sphere.metric, both, half, math.pi, steps=24, chart=sphere.chart("south"))
     empty = geoad.geodesic(sphere.metric, starts[:0], v[:0, 0], 0.8)
     assert empty.batch_shape == (0,)
 
@@ -708,6 +803,27 @@ def test_derivatives_of_a_crossing_geodesic() -> None:
     close(slope @ du, forward[0], 1e-9)
     with pytest.raises(GeometryError, match="inside of vmap"):
         torch.func.vmap(end)(torch.ones(2, 2))
+
+
+def test_domains_alone_make_a_curve_cross() -> None:
+    """Without margins a chart is left where it ends: inside of transforms as well, and the curve ends where all charts do."""
+    a, b = (geoad.Chart((1,), name=name, domain={"|x| < 2": lambda x: x.abs() < 2}) for name in "ab")
+    atlas = geoad.Atlas([a, b], {(a, b): (lambda x: x - 1.5, lambda y: y + 1.5)}, name="interval")
+    metric = atlas.metric_field({a: geoad.metrics.Euclidean(a), b: lambda x: torch.eye(1)})
+    p = a.point(torch.tensor([0.5]))
+
+    def end(v: Tensor) -> Tensor:
+        return geoad.geodesic(metric, p, a.vector(v, at=p), steps=10).components
+
+    v = torch.tensor([2.5])
+    assert geoad.geodesic(metric, p, a.vector(v, at=p), steps=10).chart is b
+    for value, slope in (torch.func.jvp(end, (v,), (torch.ones(1),)), (end(v), torch.func.jacrev(end)(v)[0])):
+        close(value, torch.tensor([1.5]))
+        close(slope, torch.tensor([1.0]))
+    with pytest.raises(ChartDomainError, match="leaves every chart of the atlas 'interval'"):
+        end(torch.tensor([4.0]))
+    with pytest.raises(ChartDomainError, match="leaves every chart"):
+        torch.func.jacrev(end)(torch.tensor([4.0]))
 
 
 def test_adaptive_integrators_cross_too() -> None:
@@ -759,10 +875,10 @@ def test_straight_lines_across_the_cut() -> None:
     xy = plane.embed(p)
     v = left.vector(torch.tensor([-0.1, 0.8]), at=p)
     w: Any = torch.func.jvp(lambda x: plane._embedding(left, x), (p.ravel(),), (v.ravel(),))[1]
-    end = geoad.geodesic(plane.metric, p, v, 1.0, steps=40)
+    end = geoad.geodesic(plane.metric, p, v, 1.0, steps=24)
     assert float(xy[1] * (xy + w)[1]) < 0  # the cut lies between
     assert end.chart is right
-    close(plane.embed(end), xy + w, 1e-7)
+    close(plane.embed(end), xy + w, 1e-6)
     # a single chart ends at its cut
     alone = left.metric_field(lambda x: torch.diag(torch.stack([torch.ones_like(x[0]), x[0] ** 2])))
     with pytest.raises(ChartDomainError, match=r"chart 'left'.*-π < φ < π"):
@@ -861,7 +977,7 @@ def test_holonomy_is_the_area_inside(axis: list[float]) -> None:
     assert end.chart is v.chart
     errors = [float((metric.norm(each.carry(to=start, chart=start.chart)) - metric.norm(v)).abs()) for each in (coarse, end)]
     assert errors[1] < 2e-5
-    assert errors[1] < 1e-6 or math.log2(errors[0] / errors[1]) > 3.5  # along a circle of latitude nearly exact
+    assert errors[1] < 1e-6 or math.log2(errors[0] / errors[1]) > 3.3  # along a circle of latitude nearly exact
     a, b = arrow(sphere, v), arrow(sphere, end)
     normal = sphere.embed(start)
     turned = torch.atan2(normal @ torch.linalg.cross(a, b), a @ b)
@@ -872,20 +988,23 @@ def test_holonomy_is_the_area_inside(axis: list[float]) -> None:
 
 def test_transport_keeps_contractions_across_charts() -> None:
     sphere = geoad.atlases.Sphere(2)
-    north, south = sphere.charts
-    p = north.point(torch.tensor([0.4, 0.1]))
-    u = north.vector(torch.tensor([1.5, 1.0]), at=p)
+    # the velocity of a great circle is parallel
+    great = circle(sphere, torch.tensor([1.0, 0.1, 0.1]), math.pi / 2)
+    start = great(torch.tensor(0.0))
 
-    def along(s: Tensor) -> geoad.Point:
-        return geoad.geodesic(sphere.metric, p, u, s, steps=6)
+    def velocity(s: float) -> geoad.Vector:
+        def components(s: Tensor) -> Tensor:
+            return great(s).to(chart).components
 
-    # the velocity of a geodesic is parallel
-    end = geoad.parallel_transport(sphere.metric, along, u, steps=6)
-    _, velocity = geoad.geodesic(sphere.metric, p, u, 1.0, steps=48, return_velocity=True)
-    assert end.chart is south is velocity.chart
-    close(end.components, velocity.components, 5e-3)  # few steps: this is about the crossing
+        chart = great(torch.tensor(s)).chart
+        u: Any = torch.func.jvp(components, (torch.tensor(s),), (torch.tensor(1.0),))[1]
+        return chart.vector(u, at=great(torch.tensor(s)))
+
+    end = geoad.parallel_transport(sphere.metric, lambda s: great(0.4 * s), velocity(0.0), steps=24)
+    wanted = velocity(0.4)
+    close(arrow(sphere, end), arrow(sphere, wanted), 1e-4)
     with pytest.raises(GeometryError, match="function of s"):
-        geoad.parallel_transport(sphere.metric, [p, p], u)
+        geoad.parallel_transport(sphere.metric, [start, start], velocity(0.0))
     curve = circle(sphere, torch.tensor([1.0, 0.0, 0.3]), 0.9)
     start = curve(torch.tensor(0.0))
     v, w = start.chart.vector(torch.tensor([1.0, -2.0]), at=start), start.chart.covector(torch.tensor([0.5, 1.0]), at=start)

@@ -354,6 +354,33 @@ def test_chart_to_chart_between_two_siblings(make: Any) -> None:
     assert close(u.to(polar).to(theta).ravel(), u.to(theta).ravel(), 1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_precision(dtype: torch.dtype) -> None:
+    """Linear algebra takes place in single precision where there is none below."""
+    theta, p = chart_and_point()
+    base = theta.point({name: block.to(dtype) for name, block in p.components.items()})
+    for recipe in (
+        {"*.weight": maps.LoRA(2, base=base), "*.bias": maps.Frozen(base)},
+        {"*.weight": maps.Factorization(5)},
+        {"*.weight": maps.Factorization(7, metric={"u": 2.0, "v": 1.0})},
+        {"*.weight": maps.Factorization(2)},
+        maps.Subspace(3, base),
+    ):
+        psi = theta.reparametrize(recipe).target
+        q = psi.point({name: normal(3, *shape).to(dtype) for name, shape in psi.layout.items()})
+        there = theta.point(q.to(theta).components)
+        again = psi.point(there.to(psi).components).to(theta)
+        assert again.dtype == there.dtype == dtype
+        assert close(again.ravel().double(), there.ravel().double(), 50 * torch.finfo(dtype).eps)
+        v = psi.vector({name: normal(4, *shape).to(dtype) for name, shape in psi.layout.items()}, at=q).to(theta)
+        w = theta.covector({name: normal(5, *shape).to(dtype) for name, shape in WB.items()}, at=q.to(theta)).to(psi)
+        assert v.ravel().dtype == w.ravel().dtype == dtype
+        if psi.parent.map.law == "submersion":
+            lifted = v.to(psi)
+            assert lifted.ravel().dtype == dtype
+            assert close(lifted.to(theta).ravel().double(), v.ravel().double(), 100 * torch.finfo(dtype).eps)
+
+
 # -- hypothesis: random maps of every kind ---------------------------------------------------------------------------------
 
 
@@ -406,3 +433,13 @@ def test_random_immersions(data: Any) -> None:
         normals = torch.linalg.svd(j).U[:, psi.dim :]
         with pytest.raises(NotADiffeomorphismError):
             theta.vector(theta.layout.unravel(normals[:, 0]), at=p).to(psi)
+
+
+def test_condition_numbers_are_those_of_the_map_and_not_of_its_section() -> None:
+    theta = geoad.Chart({"w": (2, 3)}, "theta")
+    p = theta.point(normal(1, 2, 3))
+    for recipe in (maps.WeightNorm(), maps.Factorization(2), maps.LoRA(1, base=p), maps.Subspace(6)):
+        phi = theta.reparametrize(recipe)
+        expected = float(torch.linalg.cond(jacobian_of(phi, p.to(phi.target))))
+        found = geoad.testing.condition(phi, p)
+        assert found == pytest.approx(expected, rel=1e-6) or min(found, expected) > 1e14

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,21 @@ def test_plane_in_polar_coordinates(capsys: pytest.CaptureFixture[str]) -> None:
     assert "instead: 5.000000" in printed
 
 
+def test_sphere_two_charts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("sys.argv", ["sphere_two_charts.py", "--picture", str(tmp_path / "sphere.png")])
+    lines = run("sphere_two_charts", capsys).splitlines()
+    assert lines[1].endswith("True")
+    *eigenvalues, there = numbers(lines[2])
+    assert max(abs(value + there) for value in eigenvalues) < 1e-5
+    assert "south" in lines[3] and lines[3].endswith("north")
+    assert numbers(lines[5])[1] == numbers(lines[5])[2]
+    turned, area = numbers(lines[6])[0], numbers(lines[6])[-1]
+    assert abs((turned - area) % (2 * math.pi)) < 1e-5 or abs((turned - area) % (2 * math.pi) - 2 * math.pi) < 1e-5
+    assert "needs a reference chart" in lines[7]
+    assert (tmp_path / "sphere.png").stat().st_size > 10_000
+
+
 def test_own_map(capsys: pytest.CaptureFixture[str]) -> None:
     *laws, norms = run("own_map", capsys).splitlines()
     assert len(laws) == 5
@@ -79,3 +96,57 @@ def test_drop_in_torch_func(capsys: pytest.CaptureFixture[str]) -> None:
     printed = run("drop_in_torch_func", capsys)
     assert printed.count("the numbers of torch.func: True") == 2
     assert "H.trace() raises: the trace of a Form" in printed
+
+
+def test_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run("lora", capsys)
+    # r m + 2·2 at B = 0, where the rows of A count only; elsewhere r (m + n - r) for each layer
+    assert "coordinates: 98 in theta, 62 in lora; rank 28 at the start, 54 elsewhere" in printed
+    assert "Jᵀ dL is the gradient in (A, B): True" in printed
+    assert printed.count("(NotADiffeomorphismError)") == 3 and printed.count("(SingularMetricError)") == 1
+    before, after, _ = numbers(next(line for line in printed.splitlines() if line.startswith("loss")))
+    assert after < 0.2 < 2 < before
+    assert "rank of the update of the first layer: 2" in printed
+
+
+def test_transformer_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    _, *runs, gap, in_theta, in_psi = run("transformer_digits", capsys).splitlines()
+    losses = [numbers(line)[0] for line in runs]
+    assert len(runs) == 2 and losses[0] == losses[1] < 1.0
+    assert all(numbers(line)[1] > 0.6 for line in runs)
+    assert numbers(gap)[0] < 1e-10
+    assert numbers(in_theta) == numbers(in_psi)
+
+
+def test_weight_norm(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run("weight_norm", capsys).splitlines()
+    assert "16 weights, 22 numbers" in lines[0]
+    rows = [numbers(line)[-4:] for line in lines[2:6]]
+    assert all(row[2:] == rows[-1][2:] for row in rows) and rows[-1][:2] == rows[-1][2:]
+    assert rows[0][0] > 3 * rows[2][0] and rows[2][1] > rows[1][1] + 3 > rows[0][1] + 6  # naive: six numbers too many
+    slow, fast = numbers(lines[7])[1:], numbers(lines[6])[1:]
+    assert fast[0] > 5 * slow[0] and fast[1] == slow[1]
+
+
+def test_orthogonal_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run("orthogonal_weights", capsys).splitlines()
+    exponential, cayley = (numbers(line) for line in lines[1:3])
+    assert exponential[:2] == cayley[:2] == [16, 6]
+    assert exponential[2:4] != cayley[2:4] and exponential[4:] == cayley[4:]
+    before, after, off = numbers(lines[3])
+    assert after < before and off < 1e-12
+    assert lines[4].startswith("refused: ")
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_flow_as_chart(hidden: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if hidden:
+        monkeypatch.setitem(sys.modules, "zuko", None)
+    else:
+        pytest.importorskip("zuko")
+    lines = run("flow_as_chart", capsys).splitlines()
+    start, *_, end = (numbers(line)[-1] for line in lines if line.startswith("step"))
+    assert end < start - (0.05 if hidden else 0.5)
+    assert sum("True" in line for line in lines) == 3 and "False" not in "".join(lines)
+    straight, bent = (numbers(line)[-1] for line in lines[-2:])
+    assert bent > straight + 1 or hidden

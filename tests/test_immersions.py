@@ -230,6 +230,16 @@ def test_the_restricted_hessian_is_off_by_half() -> None:
     assert float((ours - restricted).norm()) > 0.3 * float(ours.norm())
 
 
+def behind(s: Setting, below: Any) -> geoad.Chart:
+    """The sphere immersed in a chart of θ that `below` leads to."""
+    phi = s.theta.reparametrize(below)
+
+    def embed(y: Tensor) -> Tensor:
+        return phi.map.forward({"x": IMMERSIONS["sphere"].plain(y)})["x"]
+
+    return phi.target.reparametrize(maps.Immersion(embed, (2,)), "behind").target
+
+
 @pytest.mark.parametrize("above", [maps.Softplus(), maps.Affine(generator=torch.Generator().manual_seed(0)), None])
 @pytest.mark.parametrize("below", [maps.Sinh(), maps.Affine(generator=torch.Generator().manual_seed(1)), None])
 def test_the_hessian_is_one_object_across_charts_on_both_sides(above: Any, below: Any) -> None:
@@ -243,14 +253,7 @@ def test_the_hessian_is_one_object_across_charts_on_both_sides(above: Any, below
         assert close(geoad.hessian(L, G)(s.q.to(far)).to(s.psi).to_dense(), H.to_dense(), 1e-9)
         assert close(geoad.riemannian_grad(L, G)(s.q.to(far)).to(s.psi).ravel(), geoad.riemannian_grad(L, G)(s.q).ravel())
     if below is not None:
-        phi = s.theta.reparametrize(below)
-        chi = phi.target
-
-        def embed(y: Tensor) -> Tensor:
-            return phi.map.forward({"x": IMMERSIONS["sphere"].plain(y)})["x"]
-
-        other = chi.reparametrize(maps.Immersion(embed, (2,))).target
-        q = other.point(s.y)
+        q = behind(s, below).point(s.y)
         assert close(geoad.hessian(L, G)(q).to_dense(), H.to_dense(), 1e-9)
         assert close(geoad.riemannian_grad(L, G)(q).ravel(), geoad.riemannian_grad(L, G)(s.q).ravel())
 
@@ -264,10 +267,15 @@ def test_geodesics_of_an_immersed_sphere_are_great_circles() -> None:
     u = s.psi.vector(torch.tensor([0.4, 0.7]), at=s.q)
     x, velocity = s.x, s.jacobian @ u.ravel()
     speed = float(velocity.norm())
+    circle = math.cos(0.8 * speed) * x + math.sin(0.8 * speed) * velocity / speed
     for chart in (s.psi, s.psi.reparametrize(maps.Softplus()).target):
         end = geoad.geodesic(G, s.q.to(chart), u.to(chart), 0.8, steps=24)
-        circle = math.cos(0.8 * speed) * x + math.sin(0.8 * speed) * velocity / speed
+        assert end.chart == chart
         assert close(end.to(s.theta).ravel(), circle, 1e-6)
+    other = behind(s, maps.Sinh())
+    q = other.point(s.y)
+    end = geoad.geodesic(G, q, other.vector(u.components, at=q), 0.8, steps=24)
+    assert close(end.to(s.theta).ravel(), circle, 1e-6)
 
 
 def test_christoffel_symbols_of_the_sphere() -> None:
@@ -298,11 +306,15 @@ def test_geodesics_of_redundant_coordinates_lie_over_those_of_theta() -> None:
         q = psi.point({name: normal(5, *shape) for name, shape in psi.layout.items()})
         v = theta.vector(0.3 * normal(6, 2, 2), at=q.to(theta))
         expected = geoad.geodesic(G, theta.point(q.to(theta).components), theta.vector(v.components, at=q.to(theta)), steps=6)
-        for chart in (psi, psi.reparametrize(maps.Affine(generator=torch.Generator().manual_seed(2))).target):
-            end = geoad.geodesic(G, q.to(chart), v.to(psi).to(chart), steps=6)
-            assert end.chart == chart
+        behind_too = theta.reparametrize(maps.Sinh()).target.reparametrize(recipe).target
+        far = psi.reparametrize(maps.Affine(generator=torch.Generator().manual_seed(2))).target
+        for start in (q, q.to(far), q.to(theta).to(behind_too)):
+            end = geoad.geodesic(G, start, v.to(start.chart), steps=6)
+            assert end.chart == start.chart
             assert close(end.to(theta).ravel(), expected.ravel(), 1e-9)
-            # in the fibre: the point over the end that continues the start
+            if start.chart == behind_too:
+                continue
+            # numbers of ψ alone, not what the point remembers
             assert close(psi.point(end.to(psi).components).to(theta).ravel(), expected.ravel(), 1e-9)
 
 

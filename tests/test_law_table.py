@@ -219,3 +219,27 @@ def test_everything_moves_both_ways_under_a_change_of_coordinates(what: str) -> 
     p = theta.point(normal(1, 3))
     for start, end in ((theta, psi), (psi, theta)):
         moved(Side(start, p.to(start)).make(what), Side(end, p.to(end)))
+
+
+@pytest.mark.parametrize("law", CASES)
+def test_sections_move_points_only(law: str) -> None:
+    """Nothing is differentiated along a section, which is only a choice; the map itself has its derivative."""
+    s = Setting(CASES[law])
+    theta, psi = Side(s.theta, s.p), Side(s.psi, s.q)
+    for ask in (
+        lambda: geoad.jacobian(s.phi)(s.p),
+        lambda: geoad.pushforward(s.phi, theta.make("vector")),
+        lambda: geoad.pullback(s.phi, psi.make("covector"), at=s.p),
+        lambda: geoad.pullback(s.phi, psi.make("form"), at=s.p),
+        lambda: geoad.pullback(s.phi, geoad.metrics.Euclidean(s.psi)),
+        lambda: geoad.metrics.Pullback(s.phi, geoad.metrics.Euclidean(s.psi)),
+    ):
+        with refused(".*section"):
+            ask()
+    back = s.phi.inverse
+    assert close(geoad.jacobian(back)(s.q).components.reshape(s.d, s.dim), s.jacobian)
+    u, w = psi.make("vector"), theta.make("covector")
+    assert close(geoad.pushforward(back, u).ravel(), s.jacobian @ u.ravel())
+    assert close(geoad.pullback(back, w, at=s.q).ravel(), s.jacobian.mT @ w.ravel())
+    pulled = geoad.metrics.Pullback(back, geoad.metrics.Euclidean(s.theta))
+    assert close(pulled(s.q).to_dense(), s.jacobian.mT @ s.jacobian)

@@ -29,7 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("operators",),
     ("transport",),
     ("tensors",),
-    ("data",),
+    ("data", "distributed"),
     ("fields",),
     ("metrics",),
     ("atlases",),
@@ -44,7 +44,7 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 
-OPTIONAL = {"hypothesis", "matplotlib", "scipy", "sklearn", "torchdiffeq", "tqdm"}
+OPTIONAL = {"hypothesis", "matplotlib", "scipy", "sklearn", "torchdiffeq", "tqdm", "zuko"}
 MAY_NEED_EXTRAS = {"testing", "plotting"}
 LONGEST_FILE = 420
 

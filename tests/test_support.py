@@ -217,6 +217,9 @@ def test_functional_dropout_and_other_noise_is_found_out() -> None:
         return plain(net, x) * net.calls
 
     refused(Custom(counting), "depends on earlier calls")
+    kept = X.clone()
+    refused(Custom(lambda net, x: plain(net, x.mul_(1.1))), "writes into its inputs")
+    assert torch.equal(X, kept)
 
     def seeded(net: Any, x: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -285,6 +288,15 @@ def test_no_grad_is_a_constant_in_every_mode() -> None:
     with ladder.watched() as seen:
         derivatives(geoad.GeoModule(net))
     assert {each.way for each in seen} == {"reverse"}
+    with ladder.watched() as seen:  # what is stopped is no coordinate, or not a function of one
+        derivatives(geoad.GeoModule(net, params="head.*"))
+        derivatives(geoad.GeoModule(Custom(lambda net, x: plain(net, torch.no_grad()(torch.tanh)(x)))))
+    assert {each.way for each in seen} == {"forward", "reverse"}
+
+
+def test_inputs_are_given_as_they_are() -> None:
+    net = Custom(lambda net, x: plain(net, torch.as_tensor(x.numpy() * 2.0)))
+    same(net, Custom(lambda net, x: plain(net, 2 * x), body=net.body, head=net.head))
 
 
 # -- the ladder below forward mode ------------------------------------------------------------------------------------------
@@ -499,6 +511,35 @@ def test_copies_look_for_themselves() -> None:
     for twin in (copy.deepcopy(geo), pickle.loads(pickle.dumps(geo))):
         for a, b in zip(derivatives(twin), derivatives(geo), strict=True):
             assert torch.equal(a, b)
+
+
+def test_batches_of_points_of_what_vmap_cannot_batch() -> None:
+    net = nn.Sequential(nn.GRU(3, 4, batch_first=True), _First(), nn.Linear(4, 2))
+    geo = geoad.GeoModule(net)
+    field = geo.loss(functional.cross_entropy, (X[:, None], Y))
+    p = geo.point()
+    q = geo.reference.point({name: torch.stack([b, b + 0.1, b - 0.2]) for name, b in p.blocks.items()})
+    for i, single in enumerate(q.blocks["2.bias"]):
+        one = geo.reference.point({name: block[i] for name, block in q.blocks.items()})
+        assert torch.equal(one.blocks["2.bias"], single)
+        torch.testing.assert_close(field(q)[i], field(one))
+        torch.testing.assert_close(geoad.grad(field)(q)[i].ravel(), geoad.grad(field)(one).ravel())
+
+
+def test_inference_mode() -> None:
+    net = nn.Sequential(nn.Embedding(4, 3), nn.Flatten(), nn.Linear(3, 2))
+    geo = geoad.GeoModule(net)
+    with torch.inference_mode():
+        tokens = torch.arange(4)[:, None]
+        value = geo.loss(functional.cross_entropy, (tokens, Y[:4]))(geo.point())
+    torch.testing.assert_close(value, functional.cross_entropy(net(torch.arange(4)[:, None]), Y[:4]))
+
+
+def test_compiled_derivatives() -> None:
+    geo = geoad.GeoModule(Custom(plain))
+    field, p = loss(geo), geo.point()
+    compiled = torch.compile(lambda blocks: geoad.grad(field)(geo.reference.point(blocks)).ravel(), backend="eager")
+    torch.testing.assert_close(compiled(p.blocks), geoad.grad(field)(p).ravel())
 
 
 def test_the_look_costs_two_evaluations_once() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from geoad import transport
 from geoad.autodiff.inputs import as_point, plain_home
-from geoad.charts import Chart, Point, flat_reference, same_manifold, station
+from geoad.charts import Chart, Point, flat_reference, same_manifold, section_between, station
 from geoad.fields.metric import FormField
 from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels import derivatives, products
@@ -36,9 +36,7 @@ class Differential:
         def at(x: Blocks) -> tuple[Tensor, Blocks]:
             return derivatives.value_and_gradient(field.parts(), x)
 
-        for _ in here.batch_shape:
-            at = torch.func.vmap(at)
-        value, slope = at(here.blocks)
+        value, slope = products.batched(at, len(here.batch_shape))(here.blocks)
         covector = Covector(home, slope, here).to(p.chart)
         return (covector, value) if self.with_value else covector
 
@@ -136,6 +134,9 @@ def riemannian_grad(fn: Any, metric: FormField | None = None) -> Callable[..., V
         point = as_point(p)
         # everything is computed where the metric is, and the result moves once
         home = _default_home(point) if metric is None else metric.home_at(point)
+        section = section_between(point.chart, home) if same_manifold(home, point.chart) else None
+        if section is not None:  # a choice of one of many points
+            raise transport.refusal(f"a gradient with a metric of '{home.name}'", section, along=False)
         slope = differential(point.to(home) if same_manifold(home, point.chart) else point, *args, **kwargs)
         here = reference_metric(slope) if metric is None else metric(slope.at)
         return here.sharp(slope).to(point.chart)

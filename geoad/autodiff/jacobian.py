@@ -35,6 +35,7 @@ class _Map:
         if isinstance(fn, Reparametrization):
             if not same_manifold(p.chart, fn.source):
                 raise ChartMismatchError(f"the map starts in chart '{fn.source.name}', the point is in chart '{p.chart.name}'.")
+            fn.require_derivative("a derivative")
             self.home, self.space = fn.source, fn.target
         else:
             self.home, self.space = plain_home(p), space
@@ -135,10 +136,7 @@ def _two_point(mapping: _Map, point: Point, mode: str | None, chunk_size: int | 
 
     reverse = mode == "reverse" or (mode is None and target.dim <= layout.dim)
     x = layout.ravel(mapping.here.blocks)
-    if reverse:
-        data = _reverse_rows(raveled, x, chunk_size)
-    else:
-        data = _forward_columns(raveled, x, chunk_size)
+    data = (_reverse_rows if reverse else _forward_columns)(raveled, x, chunk_size)
     axes = [Axis(target, True, target.dim), Axis(home, False, home.dim)]
     result = GeoTensor(data, axes, mapping.here)
     if isinstance(mapping.fn, Reparametrization) or point.chart == home:
@@ -183,8 +181,9 @@ def jvp(fn: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux
     if len(primals) != len(tangents):
         raise GeometryError(f"jvp needs one tangent for each primal, got {len(primals)} and {len(tangents)}.")
     if isinstance(fn, ScalarField):
-        p, v = primals[0], _tangent(as_point(primals[0]), tangents[0]).to(fn.home)
-        field = fn
+        p = as_point(primals[0])
+        field = fn.local(p)
+        v = _tangent(p, tangents[0]).to(field.home)
 
         def plain(x: Blocks) -> Tensor:
             return torch.stack([coefficient * part(x) for coefficient, part in field.parts()]).sum()
@@ -219,10 +218,12 @@ def vjp(fn: Any, *primals: Any, has_aux: bool = False) -> Any:
     primal), in the chart of that primal. With ``has_aux`` the result is (f(p), pull, aux).
     """
     points = [as_point(x) for x in primals]
-    homes = [plain_home(p) for p in points]
-    x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
     if isinstance(fn, ScalarField):
-        fn = fn.function(homes[0])
+        field = fn.local(points[0])
+        homes, fn = [field.home], field.function(field.home)
+    else:
+        homes = [plain_home(p) for p in points]
+    x = tuple(p.to(home).components for p, home in zip(points, homes, strict=True))
     value, pull_plain, *aux = products.vjp(lambda args: fn(*args), x, has_aux)
 
     def pull(*cotangents: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from geoad.charts.reparametrization import Reparametrization
 from geoad.errors import ChartDomainError, ChartMismatchError, GeometryError
 from geoad.maps.functions import Functions
 from geoad.maps.select import Recipe, bind
-from geoad.params import unwrapped
+from geoad.params import outside_of_transforms, unwrapped
 
 if TYPE_CHECKING:
     from geoad.fields import MetricField, ScalarField
@@ -144,18 +144,41 @@ class Atlas:
         return None if known is None else (known, False)
 
     def way(self, start: Chart, end: Chart, at: Point | None = None) -> list[Step]:
-        """The steps between two charts of the atlas; of several equally short ways the first one on which `at` lies."""
+        """The steps between two charts of the atlas: the direct one, else a shortest way, on which `at` lies if it is given."""
         direct = self.direct(start, end)
         if direct is not None:
             return [direct]
+        ways = self._detours(start, end)
+        first = next(ways)
+        if at is None:
+            return first
+        return next((way for way in itertools.chain([first], ways) if _passes(at, start, way)), first)
+
+    def _detours(self, start: Chart, end: Chart) -> Iterator[list[Step]]:
+        """All ways between two charts that pass no chart twice, the shortest first."""
         ways: list[list[Chart]] = [[self.chart(start)]]
-        while all(way[-1] != end for way in ways):
-            ways = [[*way, chart] for way in ways for chart in self.charts if chart not in way and self.direct(way[-1], chart)]
-        ways = [way for way in ways if way[-1] == end]
-        steps = [[cast(Step, self.direct(a, b)) for a, b in itertools.pairwise(way)] for way in ways]
-        if at is None or len(steps) == 1:
-            return steps[0]
-        return next((each for each in steps if _passes(at, start, each)), steps[0])
+        while ways:
+            for way in ways:
+                if way[-1] == end:
+                    yield [cast(Step, self.direct(a, b)) for a, b in itertools.pairwise(way)]
+            open_ways = [way for way in ways if way[-1] != end]
+            ways = [
+                [*way, chart] for way in open_ways for chart in self.charts if chart not in way and self.direct(way[-1], chart)
+            ]
+
+    def require_one_way(self, start: Chart, end: Chart) -> None:
+        """Raise if several detours lead from chart to chart, for then which one to take depends on the point."""
+        if (
+            start == end
+            or self.direct(start, end) is not None
+            or len(list(itertools.islice(self._detours(start, end), 2))) == 1
+        ):
+            return
+        raise ChartMismatchError(
+            f"the atlas '{self.name}' has no direct transition from chart '{start.name}' to '{end.name}', and several ways "
+            "through further charts. Which one contains a point depends on it, so a function cannot be moved as a whole. "
+            "Give the field in both charts, atlas.scalar_field({chart: fn, ...}), or the atlas the transition."
+        )
 
     def _require_connected(self) -> None:
         reached = [self.charts[0]]
@@ -177,12 +200,13 @@ class Atlas:
         """
         here = self._plain(p)
         found: dict[Chart, float] = {}
-        for chart in self.charts:
-            try:
-                there = here.to(chart)
-            except ChartDomainError:
-                continue
-            found[chart] = self.margin(there)
+        with outside_of_transforms():
+            for chart in self.charts:
+                try:
+                    there = here.to(chart)
+                except ChartDomainError:
+                    continue
+                found[chart] = self.margin(there)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def margin(self, p: Point) -> float:
@@ -191,7 +215,9 @@ class Atlas:
         fn = self._margins.get(here.chart.uid)
         if fn is None:
             return 1.0
-        return min((float(fn(here.chart.unpack(single))) for single in singles(here.blocks, here.chart)), default=float("inf"))
+        with outside_of_transforms():
+            margins = [float(fn(here.chart.unpack(single))) for single in singles(here.blocks, here.chart)]
+        return min(margins, default=float("inf"))
 
     def charts_at(self, p: Point) -> list[Chart]:
         """The charts of the atlas in which p has coordinates, the one with the largest margin first."""
@@ -258,10 +284,11 @@ def _passes(p: Point, start: Chart, steps: list[Step]) -> bool:
     blocks = unwrapped(p.blocks)
     if blocks is None:
         return True
-    here = Point(p.chart, blocks).to(start)
     try:
-        for phi, along in steps:
-            here = here.to(phi.target if along else phi.source)
+        with outside_of_transforms():
+            here = Point(p.chart, blocks).to(start)
+            for phi, along in steps:
+                here = here.to(phi.target if along else phi.source)
     except ChartDomainError:
         return False
     return True

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from geoad.charts.chart import Chart
-from geoad.params import Blocks
+from geoad.params import Blocks, Layout
 
-__all__ = ["first_violation", "over_batch", "singles"]
+__all__ = ["blend", "first_violation", "over_batch", "singles"]
 
 
 def over_batch(fn: Any, batch: int, *blocks: Blocks) -> Blocks:
@@ -37,3 +38,13 @@ def first_violation(check: Callable[[Blocks], str | None], blocks: Blocks, chart
     i, words = found[0]
     count = chart.layout.batch_shape(blocks).numel()
     return words if count == 1 else f"{len(found)} of {count} points, number {i} for instance: {words}"
+
+
+def blend(t: float | Tensor, layout: Layout, a: Blocks, fn: Callable[[Tensor, Tensor, Tensor], Tensor], b: Blocks) -> Blocks:
+    """``fn(t, block of a, block of b)`` for every block; the axes of `t` are batch axes, never coordinates."""
+    blocks: Blocks = {}
+    for name, block in a.items():
+        times = torch.as_tensor(t, dtype=block.dtype, device=block.device)
+        times = times.reshape(*times.shape, *(1,) * len(layout[name])) if times.ndim else times
+        blocks[name] = fn(times, block, b[name])
+    return blocks

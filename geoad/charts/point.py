@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from geoad.charts.batches import first_violation, over_batch, singles
+from geoad.charts.batches import blend, first_violation, over_batch, singles
 from geoad.charts.chart import Chart, Components, makers
 from geoad.charts.relations import flat_reference, path, same_manifold
 from geoad.charts.reparametrization import Reparametrization
@@ -250,7 +249,7 @@ class Point:
             return self
         home = straight(self.chart, "p.retract(v)", _CURVE)
         start = self.to(home)
-        moved = _blend(t, start, lambda s, block, step: block + s * step, v.to(home).blocks)
+        moved = blend(t, home.layout, start.blocks, lambda s, block, step: block + s * step, v.to(home).blocks)
         return _landed(home, moved).followed_from(self)
 
     def followed_from(self, start: Point) -> Point:
@@ -355,7 +354,7 @@ def interpolate(p: Point, q: Point, t: float | Tensor) -> Point:
             f"'{q.chart.reference.name}'), so "
             "there is no line between them. Interpolate points of one manifold."
         )
-    mixed = _blend(t, p.to(home), lambda s, a, b: torch.lerp(a, b, s), q.to(home).blocks)
+    mixed = blend(t, home.layout, p.to(home).blocks, lambda s, a, b: torch.lerp(a, b, s), q.to(home).blocks)
     return _landed(home, mixed).followed_from(p)
 
 
@@ -371,16 +370,6 @@ def straight(chart: Chart, what: str, remedy: str) -> Chart:
 def _landed(home: Chart, blocks: Blocks) -> Point:
     """The point where a straight line ends; raises if it has left the domain of the chart."""
     return Point(home, blocks) if home.domain is None else home.point(blocks)
-
-
-def _blend(t: float | Tensor, p: Point, fn: Callable[[Tensor, Tensor, Tensor], Tensor], other: Blocks) -> Blocks:
-    """``fn(t, block of p, other block)`` for every block; the axes of `t` are batch axes, never coordinates."""
-    blocks: Blocks = {}
-    for name, block in p.blocks.items():
-        times = torch.as_tensor(t, dtype=block.dtype, device=block.device)
-        times = times.reshape(*times.shape, *(1,) * len(p.chart.layout[name])) if times.ndim else times
-        blocks[name] = fn(times, block, other[name])
-    return blocks
 
 
 def _make_point(chart: Chart, components: Any) -> Point:

@@ -9,7 +9,7 @@ from torch import nn
 
 from geoad.charts.chart import Chart, makers
 from geoad.charts.relations import path
-from geoad.errors import ChartMismatchError
+from geoad.errors import ChartMismatchError, NotADiffeomorphismError
 from geoad.maps.base import Map
 from geoad.maps.compose import Compose, Inverse
 
@@ -60,6 +60,16 @@ class Reparametrization(nn.Module):
                 "finds the way from any chart."
             )
         return thing.to(self.target)
+
+    def require_derivative(self, what: str) -> None:
+        """Raise `NotADiffeomorphismError` if `what` asks for the derivative of a section."""
+        if self.map.by_section:
+            raise NotADiffeomorphismError(
+                f"{what} was asked of the way from chart '{self.source.name}' to chart '{self.target.name}', but the map goes "
+                f"from '{self.target.name}' to '{self.source.name}' and cannot be undone: the way back is a section, a choice "
+                "that moves points only, and its derivative says nothing about the network. Move objects by their laws, "
+                "T.to(chart); the map itself, with its derivative, is phi.inverse."
+            )
 
     @property
     def inverse(self) -> Reparametrization:

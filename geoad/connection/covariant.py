@@ -13,6 +13,7 @@ from geoad.connection.levi_civita import LeviCivita, near
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField
 from geoad.fields.scalar import ScalarField
+from geoad.kernels import products
 from geoad.params import Blocks
 from geoad.tensors import Axis, Density, LogDensity, TypedTensor, build, describe
 from geoad.tensors.general import as_general
@@ -65,13 +66,10 @@ class CovariantDerivative:
 
 def _forward_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None) -> Tensor:
     """The derivative of `fn`, the new axis last."""
-
-    def column(e: Tensor) -> Tensor:
-        return torch.func.jvp(fn, (x,), (e,))[1]
-
     eye = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
     # not out_dims=-1: torch 2.13 gives nonsense for a negative axis if the output does not depend on the input
-    return torch.func.vmap(column, chunk_size=chunk_size)(eye).movedim(0, -1)
+    columns: Tensor = products.mapped(lambda e: products.jvp(fn, x, e)[1], eye, chunk_size)
+    return columns.movedim(0, -1)
 
 
 def _connection_terms(symbols: Tensor, data: Tensor, axes: list[Axis], own: list[bool], weight: float) -> Tensor:

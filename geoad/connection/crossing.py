@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from geoad import transport
-from geoad.charts import Atlas, Chart, Point, singles
+from geoad.charts import Atlas, Chart, Point, same_space, singles
 from geoad.connection.integrate import Time, visit
 from geoad.errors import ChartDomainError
-from geoad.params import Blocks, unwrapped
+from geoad.params import Blocks, outside_of_transforms, unwrapped
 from geoad.tensors import Vector
 
-__all__ = ["Piece", "Place", "comfortable", "gathered", "require_inside", "scattered", "travel"]
+__all__ = ["Piece", "Place", "comfortable", "gathered", "require_inside", "scattered", "seen", "travel"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,14 @@ def require_inside(chart: Chart, x: Blocks) -> None:
     """Raise `ChartDomainError` outside of the domain of `chart`; values inside of jvp and grad are looked at as well."""
     plain = unwrapped(x) if chart.bounded else None
     if plain is not None:
-        for single in singles(plain, chart):
-            chart.check_domain(single, "the curve")
+        with outside_of_transforms():
+            for single in singles(plain, chart):
+                chart.check_domain(single, "the curve")
+
+
+def seen(point: Point, start: Point, chart: Chart) -> Point:
+    """The end of a curve from `start` in `chart`; in redundant coordinates the curve goes on in its fibres."""
+    return point.to(chart) if same_space(point.chart, chart) else point.followed_from(start.to(chart))
 
 
 # -- batches -------------------------------------------------------------------------------------------------------------

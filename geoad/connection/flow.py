@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from geoad.charts import Chart, Point
-from geoad.connection.crossing import Place, gathered, require_inside, scattered, travel
+from geoad.connection.crossing import Place, gathered, require_inside, scattered, seen, travel
 from geoad.connection.integrate import Time, integrate, require_finite, times_of
 from geoad.connection.levi_civita import near
 from geoad.errors import BasePointError, ChartMismatchError, VarianceError
@@ -71,7 +71,7 @@ def flow(
 
     if home.joined is None:
         states = solve(home, start.blocks, times, steps)
-        points = [home.point(state).to(chart or p.chart) for state in states]
+        points = [seen(home.point(state), p, chart or p.chart) for state in states]
         return points[0] if single else points
 
     def piece(place: Place, h: Time) -> Place:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from geoad.charts import Chart, Point, same_manifold, same_point, same_space
-from geoad.connection.crossing import Place, gathered, require_inside, scattered, travel
+from geoad.charts import Chart, Point, same_manifold, same_point
+from geoad.connection.crossing import Place, gathered, require_inside, scattered, seen, travel
 from geoad.connection.integrate import Time, integrate, require_finite, times_of
 from geoad.connection.levi_civita import LeviCivita
 from geoad.errors import BasePointError, ChartMismatchError, VarianceError
@@ -88,7 +88,7 @@ def geodesic(
         found = integrate(_equation(local, home), _state(x, u), when, method=method, steps=count, options=options)
         return [_parts(state, home.layout) for state in found]
 
-    if metric is not None and metric.by_chart:
+    if metric is not None and metric.by_chart and p.chart.ground.joined is not None:
         results = _crossing(connection, p, v, times, steps, solve, chart, return_velocity)
         return results[0] if single else results
     connection = connection.local(p)
@@ -194,6 +194,5 @@ def _equation(connection: LeviCivita, home: Chart) -> Callable[[Blocks], Blocks]
 
 def _result(home: Chart, start: Point, chart: Chart, x: Blocks, u: Blocks, with_velocity: bool) -> Any:
     point = home.point(x)
-    # in redundant coordinates the curve goes on in its fibres
-    seen = point.to(chart) if same_space(home, chart) else point.followed_from(start.to(chart))
-    return (seen, Vector(home, u, point).to(chart)) if with_velocity else seen
+    there = seen(point, start, chart)
+    return (there, Vector(home, u, point).to(chart)) if with_velocity else there

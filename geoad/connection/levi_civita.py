@@ -17,6 +17,7 @@ from geoad.connection.products import contracted, first_kind
 from geoad.errors import ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField, require_connection
 from geoad.fields.scalar import require_point
+from geoad.kernels.products import mapped
 from geoad.metrics import Euclidean
 from geoad.operators import CG
 from geoad.params import Blocks, Layout, first, is_wrapped, zeros_like
@@ -163,7 +164,7 @@ class LeviCivita:
             def row(e: Tensor) -> Tensor:
                 return layout.ravel(first_kind(field, y, a, layout.unravel(e)))
 
-            return {"": torch.func.vmap(row, chunk_size=_CHUNK)(_eye(layout, first(y)))}
+            return {"": mapped(row, _eye(layout, first(y)), _CHUNK)}
 
         lowered = over_batch(rows, len(layout.batch_shape(x)), x, u)[""]
         return layout.ravel(self.raised(x, layout.unravel(lowered))).mT
@@ -188,7 +189,7 @@ class LeviCivita:
             def pair(u: Tensor, v: Tensor) -> Tensor:
                 return layout.ravel(first_kind(field, y, layout.unravel(u), layout.unravel(v)))
 
-            return {"": torch.func.vmap(pair, chunk_size=_CHUNK)(eye[i], eye[j])}
+            return {"": mapped(lambda two: pair(*two), (eye[i], eye[j]), _CHUNK)}
 
         lowered = over_batch(pairs, len(batch), x)[""]
         upper = layout.ravel(self.raised(x, layout.unravel(lowered)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Chart, Point
+from geoad.charts import Atlas, Chart, Point
 from geoad.connection.crossing import comfortable
 from geoad.connection.integrate import require_finite, require_steps
 from geoad.connection.levi_civita import LeviCivita, near
@@ -72,8 +72,9 @@ def parallel_transport(metric: FormField | None, curve: Curve, tensor: T, *, ste
             f"only typed objects are transported, found {describe(tensor)}. Plain numbers have no law; give them a type with "
             "chart.vector(x, at=p), chart.covector(x, at=p), ..."
         )
-    if metric is not None and metric.by_chart:
-        return _crossing(metric, curve, tensor, steps, solver)
+    atlas = tensor.chart.ground.joined
+    if metric is not None and metric.by_chart and atlas is not None:
+        return _crossing(metric, atlas, curve, tensor, steps, solver)
     connection = connection.local(tensor.at)
     home = connection.home(tensor.chart)
     start, end, pieces = _pieces(curve, home, tensor)
@@ -100,13 +101,9 @@ def parallel_transport(metric: FormField | None, curve: Curve, tensor: T, *, ste
 # -- on an atlas -----------------------------------------------------------------------------------------------------------
 
 
-def _crossing(metric: FormField, curve: Any, tensor: T, steps: int, solver: CG | None) -> T:
+def _crossing(metric: FormField, atlas: Atlas, curve: Any, tensor: T, steps: int, solver: CG | None) -> T:
     """The transport in runs of steps through one chart each; the result is in the chart of `tensor` if that is comfortable."""
     require_steps(steps)
-    atlas = tensor.chart.atlas
-    if atlas is None:
-        LeviCivita(metric, "parallel transport").home(tensor.chart)  # raises: another manifold
-        raise AssertionError
     if not callable(curve):
         raise GeometryError(
             "on an atlas a curve is a function of s in [0, 1] that gives a Point: the segments between listed points would be "

@@ -13,7 +13,8 @@ from geoad.curvature.likelihoods import Likelihood, likelihood_of
 from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.data import Batches, take
 from geoad.errors import GeometryError
-from geoad.kernels.jacobians import sample_jacobian
+from geoad.kernels.gram import GramSum, memory_of_a_sample
+from geoad.kernels.layered import block_jacobians, plan_of
 from geoad.params import Blocks, is_wrapped
 
 if TYPE_CHECKING:
@@ -110,27 +111,28 @@ class Fisher(OutputCurvature):
 
     def dense(self, x: Blocks) -> Tensor:
         layout, way = self.home.layout, self.way
-        total: Tensor | None = None
         weight = self._weight()
 
         def outputs(y: Blocks, inputs: Any) -> Tensor:
             return self._outputs(y if way is None else way(y), inputs)
 
+        total = GramSum(layout)
         for size, inputs, _ in self.batches.sized():
+            plan = plan_of(outputs, x, take(inputs, slice(0, 1)))
             start, step = 0, 1
             while start < size:
-                chunk = take(inputs, slice(start, start + step))
-                f, jacobian = sample_jacobian(outputs, layout, x, chunk)
+                f, jacobians = block_jacobians(outputs, layout, x, take(inputs, slice(start, start + step)), plan)
                 self.inspect(f, x)
-                curved = torch.func.vmap(self.curvature, in_dims=(None, -1), out_dims=-1)(f, jacobian)
-                flat = (-1, layout.dim)
-                term = jacobian.reshape(flat).mT @ (weight * curved.reshape(flat))
-                total = term if total is None else total + term
+                total.add(jacobians, lambda t, f=f: weight * self._curved(f, t))
                 start += step
-                each = f[0].numel() * layout.dim * f.element_size()
-                step = max(1, min(256, self.max_memory // (4 * each)))
-        assert total is not None
-        return 0.5 * (total + total.mT)
+                each = memory_of_a_sample(jacobians) * f.element_size()
+                step = max(1, min(512, self.max_memory // (2 * each)))
+        return total.matrix()
+
+    def _curved(self, outputs: Tensor, t: Tensor) -> Tensor:
+        """A(f) on the output axis of t (n, C, k), where the outputs (n, ..., c) have C numbers a sample."""
+        columns = t.reshape(*outputs.shape, t.shape[-1])
+        return torch.func.vmap(self.curvature, in_dims=(None, -1), out_dims=-1)(outputs, columns).reshape(t.shape)
 
 
 def _not_finite(outputs: Tensor, x: Blocks) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoad.charts import Atlas, Chart, Point, makers, singles
+from geoad.charts import Atlas, Chart, Point, makers, path, singles
 from geoad.errors import ChartDomainError, ChartMismatchError, GeometryError
 from geoad.fields.metric import FormField, InChart, MetricField
-from geoad.fields.scalar import ScalarField
+from geoad.fields.scalar import ScalarField, require_point
 from geoad.params import unwrapped
 from geoad.tensors import Form, Metric
 from geoad.tensors.base import is_scalar
@@ -96,6 +96,14 @@ def _meet(fields: Sequence[Any], p: Point) -> list[Any]:
     return [_in_tree(field, tree) if _placed(field) else field for field in found]
 
 
+def _one_manifold(fields: Sequence[Any]) -> Chart:
+    """The home of the first field; raises if another one lives on another manifold."""
+    homes = [field.home for field in fields if _placed(field)]
+    for home in homes:
+        path(homes[0], home)
+    return homes[0]
+
+
 def _in_tree(field: Any, home: Chart) -> Any:
     """The local field, moved to `home` if it comes from another tree of the atlas."""
     if field.home.reference == home.reference:
@@ -111,7 +119,7 @@ class GatheredScalar(_Scalar):
     """op(f, g, ...) of scalar fields in different charts of an atlas."""
 
     def __init__(self, op: Callable[..., ScalarField], *fields: ScalarField) -> None:
-        super().__init__(fields[0].home)
+        super().__init__(_one_manifold(fields))
         self.op, self.fields = op, fields
 
     def local(self, p: Point) -> ScalarField:
@@ -124,7 +132,7 @@ class GatheredForm(_Form):
     def __init__(
         self, op: Callable[..., FormField], fields: Sequence[Any], value_class: builtins.type[Form], definite: bool
     ) -> None:
-        super().__init__(next(field.home for field in fields if _placed(field)))
+        super().__init__(_one_manifold(fields))
         self.op, self.fields = op, tuple(fields)
         self.value_class, self.definite = value_class, definite
 
@@ -150,7 +158,7 @@ class _Charts:
 
     def at(self, p: Point) -> Any:
         """The field in the chart of p, or in another chart that contains p."""
-        root = p.chart.reference
+        root = require_point(p, self.charts[0], f"a field on the atlas '{self.atlas.name}'").chart.reference
         if root.uid in self.fields:
             return self.fields[root.uid]
         if unwrapped(p.blocks) is None:  # values cannot be read: as everywhere inside of transforms, domains are not checked

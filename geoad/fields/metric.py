@@ -248,7 +248,7 @@ class InChart(MetricField):
         return self.way.pull(x, self.field.product(self.way(x), self.way.push(x, v)))
 
     def operator(self, x: Blocks) -> LinearOperator:
-        return FieldOperator(self, x, definite=self.definite)
+        return CongruenceOperator(self.way, x, self.field.operator(self.way(x)), definite=self.definite)
 
 
 def require_connection(field: FormField, what: str) -> None:
@@ -270,6 +270,17 @@ class FieldOperator(ops.Implicit):
 
     def mv(self, v: Blocks) -> Blocks:
         return self.field.product(self.x, v)
+
+
+class CongruenceOperator(ops.Implicit):
+    """Jᵀ B J for the Jacobian of a way between charts at a point, and an operator B at its end."""
+
+    def __init__(self, way: Transition, x: Blocks, op: LinearOperator, *, definite: bool = False) -> None:
+        super().__init__(way.start.layout, x, symmetric=op.symmetric, definite=definite)
+        self.way, self.op = way, op
+
+    def mv(self, v: Blocks) -> Blocks:
+        return self.way.pull(self.x, self.op.mv(self.way.push(self.x, v)))
 
 
 class Conformal(MetricField):

@@ -24,7 +24,7 @@ from geoad.charts import (
 )
 from geoad.errors import ChartMismatchError, VarianceError
 from geoad.fields.transition import Transition
-from geoad.kernels import derivatives
+from geoad.kernels import derivatives, products
 from geoad.kernels.derivatives import Part
 from geoad.kernels.ladder import visit
 from geoad.params import Blocks
@@ -133,9 +133,7 @@ class ScalarField:
         def at(x: Blocks) -> Tensor:
             return derivatives.value(field.parts(), x)
 
-        for _ in here.batch_shape:
-            at = torch.func.vmap(at)
-        return at(here.blocks)
+        return products.batched(at, len(here.batch_shape))(here.blocks)
 
     def _require_basic(self, here: Point, chart: Chart) -> None:
         """A function of redundant coordinates is one of `chart` only if it is constant along the fibres."""

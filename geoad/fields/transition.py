@@ -16,6 +16,8 @@ class Transition:
     def __init__(self, start: Chart, end: Chart) -> None:
         self.start, self.end = start, end
         self.steps = [(phi.map, along) for phi, along in path(start, end)]
+        if start.atlas is not None:
+            start.atlas.require_one_way(start.reference, end.reference)
 
     @property
     def blockwise(self) -> bool:

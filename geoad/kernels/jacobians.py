@@ -12,7 +12,7 @@ from geoad.kernels import products
 from geoad.kernels.ladder import climb
 from geoad.params import Blocks, Layout
 
-__all__ = ["sample_jacobian"]
+__all__ = ["batched", "rebuilt", "sample_jacobian"]
 
 
 def sample_jacobian(outputs: Callable[[Blocks, Any], Tensor], layout: Layout, x: Blocks, inputs: Any) -> tuple[Tensor, Tensor]:
@@ -23,10 +23,10 @@ def sample_jacobian(outputs: Callable[[Blocks, Any], Tensor], layout: Layout, x:
     that ``vmap`` cannot batch (recurrent layers, data-dependent control flow) are gone through sample by sample.
     """
     flat = layout.ravel(x)
-    batch = tuple(_batched(inputs))
+    batch = tuple(batched(inputs))
 
     def single(vector: Tensor, samples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        value = outputs(layout.unravel(vector), _rebuild(inputs, iter(samples)))[0]
+        value = outputs(layout.unravel(vector), rebuilt(inputs, iter(samples)))[0]
         return value, value
 
     def by_vmap() -> tuple[Tensor, Tensor]:
@@ -51,25 +51,25 @@ def _one_jacobian(
     return value, rows.reshape(*value.shape, flat.numel())
 
 
-def _batched(inputs: Any) -> Iterator[Tensor]:
-    """The tensors with a sample axis, in order."""
+def batched(inputs: Any) -> Iterator[Tensor]:
+    """The tensors of `inputs` that have a sample axis, in order."""
     if isinstance(inputs, Tensor):
         if inputs.ndim:
             yield inputs
     elif isinstance(inputs, Mapping):
         for each in cast("Mapping[str, Any]", inputs).values():
-            yield from _batched(each)
+            yield from batched(each)
     elif isinstance(inputs, (list, tuple)):
         for each in cast("Sequence[Any]", inputs):
-            yield from _batched(each)
+            yield from batched(each)
 
 
-def _rebuild(inputs: Any, samples: Iterator[Tensor]) -> Any:
+def rebuilt(inputs: Any, samples: Iterator[Tensor]) -> Any:
     """`inputs` for one sample, with a batch axis of 1."""
     if isinstance(inputs, Tensor):
         return next(samples).unsqueeze(0) if inputs.ndim else inputs
     if isinstance(inputs, Mapping):
-        return {name: _rebuild(each, samples) for name, each in cast("Mapping[str, Any]", inputs).items()}
+        return {name: rebuilt(each, samples) for name, each in cast("Mapping[str, Any]", inputs).items()}
     if isinstance(inputs, (list, tuple)):
-        return tuple(_rebuild(each, samples) for each in cast("Sequence[Any]", inputs))
+        return tuple(rebuilt(each, samples) for each in cast("Sequence[Any]", inputs))
     return inputs

@@ -15,7 +15,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -134,8 +134,6 @@ class _Attempt:
         self.cause: RuntimeError | None = None
 
     def environment(self) -> AbstractContextManager[Any]:
-        if not self.fixes:
-            return nullcontext()
         stack = ExitStack()
         for fix in self.fixes:
             stack.enter_context(fix.context())
@@ -232,7 +230,10 @@ def climb(kind: str, ways: Sequence[Way[T]]) -> T:
 def _first_that_works(attempt: _Attempt, ways: Sequence[Way[T]]) -> T:
     while True:
         try:
-            with attempt.environment():
+            if attempt.fixes:
+                with attempt.environment():
+                    result = ways[attempt.way][1]()
+            else:
                 result = ways[attempt.way][1]()
         except _Needs as signal:
             if signal.attempt is not attempt:
@@ -254,9 +255,9 @@ def _give_up(attempt: _Attempt, last: RuntimeError) -> None:
     kind = _KINDS.get(attempt.path[-1], attempt.path[-1])
     where = next((found for error in (cause, lacking) if (found := _where(error))), "the function, or its loss,")
     raise UnsupportedModuleError(
-        f"{kind[0].upper()}{kind[1:]} were asked for, and torch has no derivative of an operation in {where}: {_first_line(lacking)}. No other way "
-        f"leads there (tried: {', '.join(attempt.names)}), and a part left out would be a zero in silence. Write that operation "
-        "with others, or leave it out of the function; docs/models.md lists what is known."
+        f"{kind[0].upper()}{kind[1:]} were asked for, and torch has no derivative of an operation in {where}: "
+        f"{_first_line(lacking)}. No other way leads there (tried: {', '.join(attempt.names)}), and a part left out would be a "
+        "zero in silence. Write that operation with others, or leave it out of the function; see docs/models.md."
     ) from lacking
 
 
@@ -300,8 +301,7 @@ def visit(owner: Any) -> None:
 
     Called at the entry, before anything is computed, so that a product which is known to fail is abandoned at no cost.
     """
-    stack = _local.stack
-    if not stack:
+    if torch.compiler.is_compiling() or not (stack := _local.stack):
         return
     try:
         memory = _memories.get(owner)

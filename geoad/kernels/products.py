@@ -6,6 +6,7 @@ trees of tensors (dicts, tuples). The results are differentiable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from geoad.kernels.ladder import at_top_level, climb, failed_before, refuse_seco
 from geoad.kernels.norms import SpelledOut
 from geoad.params import flatten, is_wrapped
 
-__all__ = ["gradient", "hessian_product", "jvp", "mapped", "quiet_vmap", "vjp"]
+__all__ = ["batched", "gradient", "hessian_product", "jvp", "mapped", "quiet_vmap", "vjp"]
 
 _jvp: Any = torch.func.jvp  # torch annotates them for has_aux too
 _vjp: Any = torch.func.vjp
@@ -133,6 +134,13 @@ def mapped(fn: Callable[[Any], Any], rows: Any, chunk_size: int | None = None) -
     if count == 0:  # a loop would not know the form of the result
         return batched(rows)
     return climb("rows", [("vmap", lambda: batched(rows)), ("loop", by_loop)])
+
+
+def batched(fn: Callable[[Any], Any], axes: int) -> Callable[[Any], Any]:
+    """`fn`, written for single arguments, under some leading axes."""
+    for _ in range(axes):
+        fn = functools.partial(mapped, fn)
+    return fn
 
 
 def _check_once(fn: Callable[[Any], Any], x: Any, has_aux: bool = False) -> None:

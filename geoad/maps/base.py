@@ -105,6 +105,11 @@ class Map(Numbers):
         """Names and shapes of the blocks of ψ; those of θ unless the map says otherwise."""
         return dict(self.bound_layout().items())
 
+    @property
+    def by_section(self) -> bool:
+        """`forward` is a section: a choice among many ψ, or defined on an image only. It moves points, and nothing else."""
+        return self.law != "diffeomorphism"
+
     # -- the map ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Blocks) -> Blocks:

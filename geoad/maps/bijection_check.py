@@ -13,7 +13,7 @@ from torch.distributions.constraint_registry import transform_to
 from geoad.errors import GeometryError, NotADiffeomorphismError, UnsupportedModuleError
 from geoad.maps.numbers import draw
 
-__all__ = ["DENSE", "Findings", "Pair", "derivative", "examine", "matrix", "push"]
+__all__ = ["DENSE", "Findings", "Pair", "derivative", "examine", "matrix", "push", "satisfies"]
 
 DENSE = 1024
 """The number of coordinates up to which dense Jacobians are built for a check."""
@@ -65,15 +65,29 @@ def examine(pair: Pair, shape: torch.Size) -> Findings:
         for seed in (0, 1):
             x = _sample(pair, shape, seed)
             y = _value(pair, x)
+            if not x.numel():
+                return Findings(y.shape, numeric=False, volume=False)
             jacobian = _jacobian(pair, x)
             numeric = not _returns(pair, x, y, jacobian)
             found.append(Findings(y.shape, numeric, _volume_holds(pair, x, y, jacobian)))
     return Findings(found[0].image, any(f.numeric for f in found), all(f.volume for f in found))
 
 
+def satisfies(constraint: Any, x: Tensor) -> bool:
+    """True if `x` satisfies a constraint of torch strictly: bounds count as outside."""
+    inner = getattr(constraint, "base_constraint", constraint)
+    parts = getattr(inner, "cseq", None)
+    if parts is not None:  # torch puts the answers of the parts together, which fails if they have axes of their own
+        pieces = x.split(list(inner.lengths), inner.dim) if hasattr(inner, "lengths") else x.unbind(inner.dim)
+        return all(satisfies(each, piece) for each, piece in zip(parts, pieces, strict=True))
+    low, high = getattr(inner, "lower_bound", -torch.inf), getattr(inner, "upper_bound", torch.inf)
+    return bool(torch.as_tensor(inner.check(x)).all()) and bool(((x > low) & (x < high)).all())
+
+
 def matrix(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The dense Jacobian of `fn` at `x`, (number of values, number of arguments)."""
-    return cast(Tensor, torch.func.jacrev(fn)(x)).reshape(-1, x.numel())
+    jacobian = cast(Tensor, torch.func.jacrev(fn)(x))
+    return jacobian.reshape(jacobian.shape[: jacobian.ndim - x.ndim].numel(), x.numel())
 
 
 def derivative(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -97,7 +111,7 @@ def _sample(pair: Pair, shape: torch.Size, seed: int) -> Tensor:
     for constrained in (True, False):
         try:
             x = _constrained(pair.domain, raw) if constrained else raw
-            if x.shape == shape and bool(torch.as_tensor(pair.domain.check(x)).all()):
+            if x.shape == shape and satisfies(pair.domain, x):
                 return x.to(torch.float64)
         except (NotImplementedError, ValueError, RuntimeError, AssertionError, IndexError):
             continue
@@ -117,10 +131,15 @@ def _constrained(domain: Any, raw: Tensor) -> Tensor:
 def _value(pair: Pair, x: Tensor) -> Tensor:
     try:
         y = pair.forward(x)
+    except NotImplementedError as error:
+        raise NotADiffeomorphismError(
+            f"{pair.title} has no values that are implemented (a distribution without cdf, for instance). Pass one that can be "
+            "evaluated, or write the map as maps.Functions(forward, inverse)."
+        ) from error
     except (ValueError, RuntimeError, AssertionError, IndexError) as error:
         raise GeometryError(
             f"{pair.title} cannot be applied to a block of shape {tuple(x.shape)}: {error}. It has to act on each block it is "
-            "bound to; choose the blocks by name pattern, or give it numbers of that shape."
+            "bound to; choose the blocks by name pattern, give it numbers of that shape, or (for a conditional flow) context=."
         ) from error
     if y.numel() != x.numel():
         raise NotADiffeomorphismError(
@@ -190,8 +209,8 @@ def _returns(pair: Pair, x: Tensor, y: Tensor, jacobian: Tensor | None) -> bool:
             f"{pair.title} has no inverse that is implemented. Objects move both ways; give the transform "
             "_inverse, or write the map as maps.Functions(forward, inverse)."
         ) from error
-    size = 1 + float(x.abs().max()) if x.numel() else 1.0
-    gap = float((back - x).abs().max()) / size if x.numel() else 0.0
+    size = 1 + float(x.abs().max())
+    gap = float((back - x).abs().max()) / size
     if not gap <= 1e-3:
         i = int((back - x).abs().argmax())
         raise NotADiffeomorphismError(
@@ -222,7 +241,7 @@ def _inverse_jacobians(pair: Pair, x: Tensor, y: Tensor, jacobian: Tensor | None
 
 
 def _condition(jacobian: Tensor | None, diagonal: bool) -> float:
-    if jacobian is None or not jacobian.numel():
+    if jacobian is None:
         return 1.0
     if diagonal:
         return float(jacobian.abs().max() / jacobian.abs().min())

@@ -80,6 +80,10 @@ class Compose(Map):
     def image_shapes(self) -> dict[str, torch.Size]:
         return self._maps()[-1].image_shapes if len(self.steps) else super().image_shapes
 
+    @property
+    def by_section(self) -> bool:
+        return any(step.by_section for step in self._maps())
+
     def _maps(self) -> list[Map]:
         return cast("list[Map]", list(self.steps))
 
@@ -209,6 +213,10 @@ class Inverse(Map):
     @property
     def image_shapes(self) -> dict[str, torch.Size]:
         return dict(self.original.bound_layout().items())
+
+    @property
+    def by_section(self) -> bool:
+        return False  # from ψ to θ every map is a function
 
     def forward(self, x: Blocks) -> Blocks:
         return self.original.invert(x)

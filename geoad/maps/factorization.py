@@ -13,7 +13,15 @@ from geoad.maps.smooth import SmoothMap
 from geoad.maps.submersion import Submersion, TotalMetric
 from geoad.params import Layout, is_wrapped
 
-__all__ = ["Factorization", "FullFactorization", "balanced_factors", "matrix_sizes", "require_rank", "spectral_slack"]
+__all__ = [
+    "Factorization",
+    "FullFactorization",
+    "balanced_factors",
+    "matrix_sizes",
+    "require_rank",
+    "singular_values",
+    "spectral_slack",
+]
 
 
 def require_rank(rank: Any, who: str) -> int:
@@ -36,20 +44,30 @@ def matrix_sizes(shape: torch.Size, who: str) -> tuple[int, int]:
     return shape[0], shape[1:].numel()
 
 
+def _single(w: Tensor) -> Tensor:
+    """`w` in at least single precision: there is no linear algebra below."""
+    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+
+
+def singular_values(w: Tensor) -> Tensor:
+    """The singular values, descending."""
+    return torch.linalg.svdvals(_single(w))
+
+
 def spectral_slack(w: Tensor) -> Tensor:
     """How large a singular value of a matrix may be by rounding alone, if its entries are as large as those of `w`."""
-    return max(w.shape) * torch.finfo(w.dtype).eps * torch.linalg.matrix_norm(w)
+    return max(w.shape) * torch.finfo(w.dtype).eps * _single(w).norm()
 
 
 def balanced_factors(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U (m × k) and V (k × n) with equal Gram matrices, UᵀU = VVᵀ, whose product is the best approximation of W of rank k."""
-    left, spectrum, right = torch.linalg.svd(w, full_matrices=False)
+    left, spectrum, right = torch.linalg.svd(_single(w), full_matrices=False)
     kept = min(rank, spectrum.shape[0])
     root = spectrum[:kept].sqrt()
     missing = rank - kept
     u = torch.nn.functional.pad(left[:, :kept] * root, (0, missing))
     v = torch.nn.functional.pad(root[:, None] * right[:kept], (0, 0, 0, missing))
-    return u, v
+    return u.to(w.dtype), v.to(w.dtype)
 
 
 class Factorization(SmoothMap):
@@ -124,7 +142,7 @@ class Factorization(SmoothMap):
 
     def bad_domain(self, x: Tensor) -> str | None:
         w = self.matrix(x)
-        beyond = torch.linalg.svdvals(w)[self.rank]  # there is one: the rank is below both sizes
+        beyond = singular_values(w)[self.rank]  # there is one: the rank is below both sizes
         if bool(beyond <= spectral_slack(w)):
             return None
         return (
@@ -178,7 +196,7 @@ class FullFactorization(Factorization, Submersion):
     def _solved(self, y: dict[str, Tensor], z: Tensor, weights: tuple[Any, Any]) -> Tensor:
         """X with X VᵀV / a + UUᵀ X / b = Z, where a and b are the weights of |dU|² and |dV|²."""
         a, b = weights
-        u, v = y["u"], y["v"]
+        u, v, goal = _single(y["u"]), _single(y["v"]), _single(z)
         left, rows = _spectrum(u.detach())
         right, columns = _spectrum(v.detach().mT)
         below = rows[:, None] / b + columns / a
@@ -186,11 +204,11 @@ class FullFactorization(Factorization, Submersion):
         def inverted(residual: Tensor) -> Tensor:
             return left @ ((left.mT @ residual @ right) / below) @ right.mT
 
-        x = inverted(z)
+        x = inverted(goal)
         gram_u, gram_v = u @ u.mT / b, v.mT @ v / a
         for _ in range(2):  # each makes one more derivative right: those of a spectrum with equal values do not exist
-            x = x + inverted(z - x @ gram_v - gram_u @ x)
-        return x
+            x = x + inverted(goal - x @ gram_v - gram_u @ x)
+        return x.to(z.dtype)
 
     def push_block(self, x: Any, y: dict[str, Tensor], v: Tensor) -> Any:
         weights = self._weights()
@@ -216,7 +234,7 @@ class FullFactorization(Factorization, Submersion):
         for _ in range(2):  # the equation is linear in either factor; the second time rounding goes
             u, v = self._corrected(goal, u, v)
         if not is_wrapped({"u": u, "v": v}):
-            size = torch.linalg.matrix_norm(u) * torch.linalg.matrix_norm(v)
+            size = u.norm() * v.norm()
             if bool((goal - u @ v).abs().amax() > self.rank * torch.finfo(u.dtype).eps * size):
                 raise ChartDomainError(
                     "the step leads to factors U and V without full rank, so that no product of nearby ones is the W that was "
@@ -228,23 +246,23 @@ class FullFactorization(Factorization, Submersion):
         m, n = self._sizes
         missing = goal - u @ v
         if self.rank < n:
-            return u, v + torch.linalg.pinv(u) @ missing
+            return u, v + _pinv(u) @ missing
         if self.rank < m:
-            return u + missing @ torch.linalg.pinv(v), v
-        by_u = _smallest(v) >= _smallest(u)
-        new_u, new_v = u + missing @ torch.linalg.pinv(v), v + torch.linalg.pinv(u) @ missing
+            return u + missing @ _pinv(v), v
+        by_u = singular_values(v)[-1] >= singular_values(u)[-1]
+        new_u, new_v = u + missing @ _pinv(v), v + _pinv(u) @ missing
         return torch.where(by_u, new_u, u), torch.where(by_u, v, new_v)
 
 
 def _has_rank(a: Tensor, rank: int) -> bool:
     if rank > min(a.shape):
         return False
-    spectrum = torch.linalg.svdvals(a)
+    spectrum = singular_values(a)
     return rank == 0 or bool(spectrum[rank - 1] > spectral_slack(a))
 
 
-def _smallest(a: Tensor) -> Tensor:
-    return torch.linalg.svdvals(a)[-1]
+def _pinv(a: Tensor) -> Tensor:
+    return torch.linalg.pinv(_single(a)).to(a.dtype)
 
 
 def _spectrum(a: Tensor) -> tuple[Tensor, Tensor]:

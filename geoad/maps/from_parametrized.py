@@ -163,7 +163,7 @@ def _convert_hooks(net: nn.Module) -> None:
                     "spectral_norm instead."
                 )
             if type(hook).__name__ == "WeightNorm" and type(hook).__module__.startswith("torch."):
-                old = cast(Any, hook)
+                old = hook
                 del hooks[key]
                 g, v = (cast(nn.Parameter, parameters.pop(f"{old.name}_{part}")) for part in "gv")
                 delattr(module, old.name)
@@ -239,7 +239,9 @@ def _map(tensor: str, modules: Any, parts: dict[str, Part], kind: str | None) ->
     if len(layers) == 1 and isinstance(layers[0], _WeightNorm) and len(parts) == 2 and kind in (None, "submersion"):
         dim = layers[0].dim
         return WeightNorm(None if dim == -1 else dim), {"g": modules.original0, "v": modules.original1}
-    found, making = classify(tensor, modules, parts, kind)
+    device = next(modules.buffers()).device
+    found, making = classify(tensor, modules.cpu(), parts, kind)
+    making.to(device)
     return _MAPS[found](making), making.originals(torch.zeros((), dtype=torch.float64))
 
 

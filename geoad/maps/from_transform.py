@@ -74,6 +74,8 @@ def from_transform(transform: Any, *, inverse: bool = False, free: bool = False,
     tensor([0.0000, 0.4621])
     """
     made = _unpacked(transform)
+    if type(made).__name__ == "LazyInverse":  # of zuko: by itself it would hide a forward direction that is exact
+        made, inverse = made.transform, not inverse
     if free:
         made = _freed(made)
     if not isinstance(made, Transform):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -31,17 +31,20 @@ class Hosted(nn.Module):
 
     def run(self, fn: Callable[[Any], Any], like: Tensor, values: dict[str, Tensor] | None = None) -> Any:
         """``fn(module)`` in the precision of `like`; `values` stand in for numbers of the module by their names."""
-        state = cast_state(self.module, like) | (values or {})
+        values = values or {}
+        state = cast_state(self.module, like, values) | values
         if not state:
             return fn(self.module)
         return torch.func.functional_call(self, {f"module.{name}": value for name, value in state.items()}, (fn,))
 
 
-def cast_state(module: nn.Module, like: Tensor) -> dict[str, Tensor]:
-    """The parameters and buffers of `module` that are not as `like` is, cast; indices keep their dtype."""
+def cast_state(module: nn.Module, like: Tensor, given: Container[str] = ()) -> dict[str, Tensor]:
+    """The parameters and buffers of `module` that are not as `like` is, cast; not those `given`; indices stay."""
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     cast: dict[str, Tensor] = {}
     for name, number in held.items():
+        if name in given:
+            continue
         dtype = like.dtype if number.is_floating_point() else number.dtype
         if number.dtype != dtype or number.device != like.device:
             cast[name] = number.to(device=like.device, dtype=dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geoad.errors import GeometryError
 from geoad.maps.anchor import anchored, plain
-from geoad.maps.factorization import balanced_factors, matrix_sizes, require_rank, spectral_slack
+from geoad.maps.factorization import balanced_factors, matrix_sizes, require_rank, singular_values, spectral_slack
 from geoad.maps.smooth import SmoothMap
 from geoad.params import Layout
 
@@ -109,13 +109,13 @@ class LoRA(SmoothMap):
     def value(self, x: Tensor) -> dict[str, Tensor]:
         update, slack = self._update(x)
         b, a = balanced_factors(update / self.factor, self.rank)
-        at_base = torch.linalg.matrix_norm(update) <= slack
+        at_base = update.norm() <= slack
         start = self.constant("start", x)
         return self._parts_of_factors(torch.where(at_base, torch.zeros_like(b), b), torch.where(at_base, start, a))
 
     def bad_domain(self, x: Tensor) -> str | None:
         update, slack = self._update(x)
-        beyond = torch.linalg.svdvals(update)[self.rank :]
+        beyond = singular_values(update)[self.rank :]
         if not beyond.numel() or bool(beyond[0] <= slack):
             return None
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from geoad.errors import GeometryError
+from geoad.kernels.norms import SpelledOut
+from geoad.kernels.solves import exact_solves, slogdet, solve
 from geoad.maps.base import Map, need
 from geoad.maps.bijection_check import derivative
 from geoad.maps.elementwise import Elementwise
@@ -50,13 +53,15 @@ class Making(nn.Module):
         modules: a ``ParametrizationList``, of which a copy is kept: all its numbers become constants.
         parts: the trained tensors, by the names that they have as parts of ψ.
         section: whether the ``right_inverse`` of the list gives a ψ over θ.
+        differentiable: whether it can be differentiated; those of torch are evaluated without gradients.
     """
 
-    def __init__(self, modules: nn.Module, parts: dict[str, Part], *, section: bool) -> None:
+    def __init__(self, modules: nn.Module, parts: dict[str, Part], *, section: bool, differentiable: bool = True) -> None:
         super().__init__()
         self.hosted = Hosted(modules)
         self.parts = parts
         self.section = section
+        self.differentiable = differentiable
 
     def values(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The trained tensors, by their names in the list."""
@@ -84,9 +89,10 @@ class Making(nn.Module):
         return full if part.entries is None else full.reshape(-1)[part.entries.to(full.device)]
 
     def make(self, parts: dict[str, Tensor]) -> Tensor:
-        """θ = f(ψ)."""
+        """θ = f(ψ), where second derivatives are asked for without torch's weight norm, solves and reflections."""
         like = next(iter(parts.values()))
-        return self.hosted.run(lambda modules: modules(), like, self.values(parts))
+        with exact_solves() as mode, SpelledOut() if mode else nullcontext():
+            return self.hosted.run(lambda modules: modules(), like, self.values(parts))
 
     def undo(self, x: Tensor) -> dict[str, Tensor]:
         """A ψ over θ, by the right inverses in turn; what these do not give keeps its stored value."""
@@ -187,6 +193,14 @@ class ParametrizedBlock(_Weight):
 
     law = "diffeomorphism"
 
+    def value(self, x: Tensor) -> Any:
+        found = super().value(x)
+        for _ in range(0 if self.making.differentiable else 2):  # of Newton: with them two derivatives are right
+            step = self.push_block(x, found, self.inverse_value(found) - x)
+            moved = sub(self._named(found), self._named(step))
+            found = self._plain(moved)
+        return found
+
     def bad_image(self, y: Any) -> str | None:
         words = super().bad_image(y)
         if words is not None:
@@ -204,15 +218,15 @@ class ParametrizedBlock(_Weight):
         return self.dense_jacobian(self._image_blocks(y))
 
     def push_block(self, x: Any, y: Any, v: Any) -> Any:
-        flat = torch.linalg.solve(self._matrix(y), self.bound_layout().ravel(self._theta_blocks(v)))
+        flat = solve(self._matrix(y), self.bound_layout().ravel(self._theta_blocks(v)))
         return self.parts_of(self.image_layout().unravel(flat))
 
     def pull_block(self, x: Any, y: Any, w: Any) -> Any:
-        flat = torch.linalg.solve(self._matrix(y).mT, self.image_layout().ravel(self._image_blocks(w)))
+        flat = solve(self._matrix(y).mT, self.image_layout().ravel(self._image_blocks(w)))
         return self.theta_of(self.bound_layout().unravel(flat))
 
     def log_abs_det(self, x: Any, y: Any) -> Tensor:
-        return -torch.linalg.slogdet(self.dense_jacobian(y)).logabsdet
+        return -slogdet(self.dense_jacobian(y))[1]
 
 
 class ParametrizedEntries(Elementwise):
@@ -223,7 +237,10 @@ class ParametrizedEntries(Elementwise):
         self.making = making
 
     def value(self, x: Tensor) -> Tensor:
-        return self.making.undo(x)[""]
+        y = self.making.undo(x)[""]
+        for _ in range(0 if self.making.differentiable else 2):
+            y = y - (self.making.make({"": y}) - x) / derivative(self.inverse_value, y)
+        return y
 
     def inverse_value(self, y: Tensor) -> Tensor:
         return self.making.make({"": y})

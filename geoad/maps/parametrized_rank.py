@@ -36,7 +36,8 @@ class Facts:
         over_all: over each θ nearby.
         two_sided: it gives the ψ that θ was made of.
         diagonal: every entry of θ is made of the same entry of ψ alone.
-        smooth: small changes of all entries of ψ change θ as its Jacobian says.
+        differentiable: right_inverse has the derivative that it should have.
+        smooth: small changes of ψ change θ as its Jacobian says; `smooth_counting` if only entries that count are changed.
     """
 
     name: str
@@ -48,7 +49,9 @@ class Facts:
     over_all: bool
     two_sided: bool
     diagonal: bool
+    differentiable: bool
     smooth: bool
+    smooth_counting: bool
 
     @property
     def rank(self) -> int | None:
@@ -86,6 +89,8 @@ def classify(name: str, modules: nn.Module, parts: dict[str, Part], kind: str | 
     with torch.no_grad():
         _require_function(name, making)
         facts, used = _examine(name, making)
+    if not facts.smooth_counting:
+        raise _jump(facts)
     found = _found(facts) if kind is None else _checked(facts, kind)
     if found == "immersion" and facts.counting < facts.psi:
         parts = {
@@ -94,12 +99,17 @@ def classify(name: str, modules: nn.Module, parts: dict[str, Part], kind: str | 
             if bool(used[key].any())
         }
     elif not facts.smooth:
-        raise UnsupportedModuleError(
-            f"{facts}, but small changes of ψ do not change θ as its Jacobian says: it jumps, or cuts off gradients (the "
-            "householder map of torch.nn.utils.parametrizations.orthogonal truncates the diagonal to integers). Use another "
-            "map, for instance orthogonal(..., orthogonal_map='matrix_exp'), or kind='immersion' with the entries that count."
-        )
-    return found, Making(modules, parts, section=facts.over_all or (facts.on_image and found in ("immersion", "smooth")))
+        raise _jump(facts)
+    section = facts.over_all or (facts.on_image and found in ("immersion", "smooth"))
+    return found, Making(modules, parts, section=section, differentiable=facts.differentiable)
+
+
+def _jump(facts: Facts) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"{facts}, but small changes of ψ do not change θ as its Jacobian says: it jumps, or cuts off gradients (the "
+        "householder map of torch.nn.utils.parametrizations.orthogonal truncates the diagonal to integers). Use another map, "
+        "for instance orthogonal(..., orthogonal_map='matrix_exp'), or, where other entries of ψ count, kind='immersion'."
+    )
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def _examine(name: str, making: Making) -> tuple[Facts, dict[str, Tensor]]:
         jacobians = [_jacobian(name, make, point) for point in _points(flat, used)]
         used = torch.stack([(each != 0).any(0) for each in jacobians]).any(0)
     points = _points(flat, used)
-    on_image, over_all, two_sided = _ways_back(making, points, make, parts)
+    on_image, over_all, two_sided, differentiable = _ways_back(making, points, make, parts)
     facts = Facts(
         name,
         theta.numel(),
@@ -199,7 +209,9 @@ def _examine(name: str, making: Making) -> tuple[Facts, dict[str, Tensor]]:
         over_all,
         two_sided,
         list(start) == [""] and theta.numel() == flat.numel() and all(_diagonal(make, each) for each in points),
+        differentiable,
         _smooth(make, flat, everything),
+        _smooth(make, flat, used),
     )
     return facts, {key: value.reshape(-1) for key, value in parts(used).items()}
 
@@ -239,22 +251,39 @@ def _diagonal(make: Callable[[Tensor], Tensor], flat: Tensor) -> bool:
 
 def _ways_back(
     making: Making, points: list[Tensor], make: Callable[[Tensor], Tensor], parts: Callable[[Tensor], dict[str, Tensor]]
-) -> tuple[bool, bool, bool]:
-    """Whether right_inverse leads from the θ that are made back to them; from all θ nearby; back to the ψ it was made of."""
+) -> tuple[bool, bool, bool, bool]:
+    """Whether right_inverse leads from the θ that are made back to them; from all θ nearby; back to their ψ; smoothly."""
     if not all(callable(getattr(module, "right_inverse", None)) for module in making.hosted.module.children()):
-        return False, False, False
+        return False, False, False, False
     shape = making.make(parts(points[0])).shape
     on_image = over_all = two_sided = True
     for seed, point in enumerate(points):
         theta = make(point)
         wiggle = 1 + 0.1 * draw(torch.Generator().manual_seed(5 + seed), theta.numel())
         again = _undone(making, theta.reshape(shape))
-        on_image = on_image and again is not None and _same(making.make(again), theta)
+        on_image = on_image and again is not None and _close(making.make(again), theta)
         beside = _undone(making, (theta * wiggle).reshape(shape))
-        over_all = over_all and on_image and beside is not None and _same(making.make(beside), theta * wiggle)
+        over_all = over_all and on_image and beside is not None and _close(making.make(beside), theta * wiggle)
         given = parts(point)
-        two_sided = two_sided and again is not None and all(_same(again[key], given[key]) for key in given)
-    return on_image, over_all, two_sided
+        two_sided = two_sided and again is not None and all(_close(again[key], given[key]) for key in given)
+    smoothly = over_all and _section_slope(making, make, make(points[0]).reshape(shape))
+    return on_image, over_all, two_sided, smoothly
+
+
+def _section_slope(making: Making, make: Callable[[Tensor], Tensor], theta: Tensor) -> bool:
+    """J Jₛ = 1 for the derivative Jₛ of right_inverse, along one direction, in both modes (no_grad stops reverse mode only)."""
+    v = draw(torch.Generator().manual_seed(9), *theta.shape)
+    layout = Layout({f"_{key}": value.shape for key, value in making.undo(theta).items()})
+
+    def undo(x: Tensor) -> Tensor:
+        return layout.ravel({f"_{key}": value for key, value in making.undo(x).items()})
+
+    try:
+        lifted = push(undo, theta, v)
+        pulled = torch.func.vjp(undo, theta)[1](torch.func.vjp(make, undo(theta))[1](v.reshape(-1))[0])[0]
+    except (RuntimeError, NotImplementedError):
+        return False
+    return _close(push(make, undo(theta), lifted), v) and _close(pulled, v)
 
 
 def _undone(making: Making, theta: Tensor) -> dict[str, Tensor] | None:
@@ -269,5 +298,5 @@ def _undone(making: Making, theta: Tensor) -> dict[str, Tensor] | None:
     return None if changed else found
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and torch.allclose(a.reshape(-1), b.reshape(-1), rtol=1e-8, atol=1e-10)

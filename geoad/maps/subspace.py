@@ -100,6 +100,8 @@ class Subspace(Immersion):
             )
         self.register_buffer("frame", frame)
         self.register_buffer("triangle", triangle)
+        eye = torch.eye(self.columns, dtype=triangle.dtype)
+        self.register_buffer("inverse", torch.linalg.solve_triangular(triangle, eye, upper=True))
         offset = None if self.base is None else anchored(self.base, layout, "Subspace", "its offset")
         zeros = torch.zeros(layout.dim, dtype=torch.float64)
         self.register_buffer("offset", zeros if offset is None else layout.ravel(offset).clone())
@@ -126,8 +128,7 @@ class Subspace(Immersion):
 
     def _coordinates(self, flat: Tensor) -> Tensor:
         """The least squares solution z of B z = flat."""
-        right = self.constant("frame", flat).mT @ flat
-        return torch.linalg.solve_triangular(self.constant("triangle", flat), right[:, None], upper=True)[:, 0]
+        return self.constant("inverse", flat) @ (self.constant("frame", flat).mT @ flat)
 
     def inverse_value(self, y: dict[str, Tensor]) -> Blocks:
         z = y[self.name]
@@ -153,8 +154,7 @@ class Subspace(Immersion):
 
     def pull_block(self, x: Blocks, y: Any, w: dict[str, Tensor]) -> Blocks:
         z = w[self.name]
-        right = torch.linalg.solve_triangular(self.constant("triangle", z).mT, z[:, None], upper=False)[:, 0]
-        return self.bound_layout().unravel(self.constant("frame", z) @ right)
+        return self.bound_layout().unravel(self.constant("frame", z) @ (self.constant("inverse", z).mT @ z))
 
     def push_inverse_block(self, x: Blocks, y: Any, v: dict[str, Tensor]) -> Blocks:
         return self.bound_layout().unravel(self._spanned(v[self.name]))

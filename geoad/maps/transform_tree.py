@@ -13,7 +13,7 @@ from torch.distributions import transforms as td
 
 from geoad.errors import GeometryError
 
-__all__ = ["Inverted", "Slot", "children", "has_fixed_axes", "is_elementwise", "is_linear", "rebuild"]
+__all__ = ["FRESH", "Inverted", "Slot", "children", "has_fixed_axes", "is_elementwise", "is_linear", "rebuild"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Inverted(Transform):
         return self.base.bijective
 
     @property
+    def sign(self) -> int:
+        return self.base.sign
+
+    @property
     def inv(self) -> Transform:
         return self.base
 
@@ -76,7 +80,9 @@ def rebuild(made: Any, swap: Callable[[Any], Any]) -> Any:
     if isinstance(made, (Transform, Distribution)):
         twin = object.__new__(type(made))
         for key, value in vars(made).items():
-            twin.__dict__[key] = _FRESH[key] if key in _FRESH else rebuild(value, swap)
+            twin.__dict__[key] = FRESH[key] if key in FRESH else rebuild(value, swap)
+        if isinstance(made, Distribution):
+            twin.__dict__["_validate_args"] = False  # else that of the class
         return twin
     if type(made) in (list, tuple):
         return type(made)(rebuild(each, swap) for each in made)
@@ -86,7 +92,8 @@ def rebuild(made: Any, swap: Callable[[Any], Any]) -> Any:
 
 
 # caches would keep tensors of torch.func beyond their time; validation reads values, which vmap does not allow
-_FRESH = {"_inv": None, "_cached_x_y": (None, None), "_cache_size": 0, "_validate_args": False}
+FRESH = {"_inv": None, "_cached_x_y": (None, None), "_cache_size": 0, "_validate_args": False}
+"""The attributes of transforms and distributions that are set anew."""
 
 
 def children(made: Transform) -> list[Transform]:

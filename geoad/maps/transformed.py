@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from geoad.errors import GeometryError, NotADiffeomorphismError
+from geoad.kernels.solves import exact_solves, slogdet, solve
 from geoad.maps.base import BlockMap, need
-from geoad.maps.bijection_check import DENSE, Pair, derivative, examine, matrix, push
+from geoad.maps.bijection_check import DENSE, Pair, derivative, examine, matrix, push, satisfies
 from geoad.maps.elementwise import Elementwise
 from geoad.maps.hosted import Hosted
-from geoad.maps.transform_tree import Slot, has_fixed_axes, is_elementwise, is_linear, rebuild
+from geoad.maps.transform_tree import FRESH, Slot, has_fixed_axes, is_elementwise, is_linear, rebuild
 
 __all__ = ["Transformed", "TransformedEntries", "transformed"]
 
@@ -79,10 +80,11 @@ class Transformed(BlockMap):
 
     def _apply_transform(self, like: Tensor, fn: Callable[[Transform], Any]) -> Any:
         """``fn(T)`` with T in the precision of `like`."""
-        if self.hosted is None:
-            return fn(rebuild(self._template, lambda slot: self._number(slot, like)))
-        context = () if self.context is None else (self.constant("context", like),)
-        return self.hosted.run(lambda module: fn(module if isinstance(module, Transform) else module(*context)), like)
+        with exact_solves():
+            if self.hosted is None:
+                return fn(rebuild(self._template, lambda slot: self._number(slot, like)))
+            context = () if self.context is None else (self.constant("context", like),)
+            return self.hosted.run(lambda module: fn(module if isinstance(module, Transform) else module(*context)), like)
 
     def made(self) -> Transform:
         """The transform, for a look at its structure."""
@@ -105,6 +107,9 @@ class Transformed(BlockMap):
 
     def prepare_block(self, shape: torch.Size) -> None:
         self._image = shape
+        for module in self.modules():  # a copy of the recipe's: caches would keep tensors of torch.func beyond their time
+            if isinstance(module, Transform):
+                module.__dict__.update(FRESH)
         like = torch.zeros((), dtype=torch.float64)
         domain = self._apply_transform(like, lambda made: made.domain)
         pair = Pair(self.title, self._raw, self._raw_inverse, self._raw_volume, domain, self.elementwise)
@@ -160,8 +165,7 @@ class Transformed(BlockMap):
     def _solve(self, x: Tensor, v: Tensor, *, transpose: bool = False) -> Tensor:
         """J⁻¹ v, or J⁻ᵀ v."""
         jacobian = matrix(self._raw, x)
-        # solve_ex: where the Jacobian is singular the point is not refused here, but by the check of the domain
-        solved = torch.linalg.solve_ex(jacobian.mT if transpose else jacobian, v.reshape(-1)).result
+        solved = solve(jacobian.mT if transpose else jacobian, v.reshape(-1))
         return solved.reshape(self._image if transpose else self.shape)
 
     # -- domain --------------------------------------------------------------------------------------------------------
@@ -184,8 +188,7 @@ class Transformed(BlockMap):
         if not bool(x.isfinite().all()):
             return f"{letter} is not finite under {self.title}"
         constraint = self._apply_transform(x, side)
-        inside = torch.as_tensor(constraint.check(x)) & _strictly(constraint, x)
-        return None if bool(inside.all()) else f"{letter} must lie inside of the domain {constraint} of {self.title}"
+        return None if satisfies(constraint, x) else f"{letter} must lie inside of the domain {constraint} of {self.title}"
 
     def _irregular(self, x: Tensor, y: Tensor) -> str | None:
         if not bool(y.isfinite().all()):
@@ -219,7 +222,7 @@ class Transformed(BlockMap):
     def log_abs_det_block(self, x: Tensor, y: Tensor) -> Tensor:
         if self._volume:
             return self._raw_volume(x, y)
-        return torch.linalg.slogdet(matrix(self._raw, x)).logabsdet
+        return slogdet(matrix(self._raw, x))[1]
 
 
 class TransformedEntries(Elementwise, Transformed):
@@ -273,10 +276,3 @@ def transformed(source: Transform | nn.Module, context: Tensor | None = None, ti
     """
     found = Transformed(source, context, title)
     return TransformedEntries(source, context, title) if is_elementwise(found.made()) else found
-
-
-def _strictly(constraint: Any, x: Tensor) -> Tensor:
-    """Where `x` is off the bounds of a constraint, which torch counts as inside."""
-    inner = getattr(constraint, "base_constraint", constraint)
-    low, high = getattr(inner, "lower_bound", -torch.inf), getattr(inner, "upper_bound", torch.inf)
-    return ((x > low) & (x < high)).all()

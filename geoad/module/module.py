@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self, cast
 
 import torch
@@ -18,7 +19,8 @@ from geoad.module.coordinates import Coordinates
 from geoad.module.slots import Place, Selection, select
 from geoad.module.sources import LossSource, NetworkSource
 from geoad.module.state import KEY, Loading, note
-from geoad.module.support import Survey, Use, admit, deterministic
+from geoad.module.support import Deterministic, admit
+from geoad.module.survey import Survey, Use
 from geoad.params import Blocks
 from geoad.tensors import Covector
 
@@ -39,6 +41,10 @@ class GeoModule(nn.Module):
     While the module is in another chart than the reference, calling `net` or a part of it directly, or taking its bare state
     dict, raises: ψ numbers are never used as weights. The parameters of learnable maps are not among ``geo.parameters()``; they
     receive gradients through ``geo(x)`` and follow the device and dtype of the module.
+
+    A network in ``DistributedDataParallel`` is unwrapped, see `geoad.distributed`. Networks of which torch cannot take
+    derivatives as functions of their parameters (sharded, scripted, quantized, with active dropout, ...) are refused with an
+    `UnsupportedModuleError`, here or when they are evaluated as such functions; ``geo(x)`` stays torch's own.
 
     A child of the network whose name is an attribute of this class (chart, reference, point, grad, loss, scalar_field,
     evaluate, wrapped) works, but ``torch.func.functional_call(geo, ...)`` cannot reach parameters below it, and says so.
@@ -214,13 +220,15 @@ class GeoModule(nn.Module):
         visit(self)
         net, coordinates = self._wrapped, self._coordinates
         training = [module for module in net.modules() if module.training]
+        looks = not torch.compiler.is_compiling()  # the compiler cannot follow
 
         def run(values: Blocks, given: Sequence[Any]) -> Any:
             buffers = [place for module in training for place in _copied_buffers(module)]
-            with coordinates.evaluating(), deterministic():
+            with coordinates.evaluating(), Deterministic() if looks else nullcontext():
                 return coordinates.slots.call(values, fn, net, *given, buffers=buffers)
 
-        self._survey(Use(self, net, fn, coordinates.theta, bool(training)), run, theta, args)
+        if looks:
+            self._survey(Use(self, net, fn, coordinates.theta, bool(training)), run, theta, args)
         with spelled_out():  # the norms of torch have wrong second derivatives
             return run(theta, args)
 

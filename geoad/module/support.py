@@ -1,39 +1,23 @@
-"""What a network must be like for its derivatives to be those of a function of its parameters, and how that is found out.
+"""What networks geoad does not differentiate, and why.
 
-`admit` looks at the modules when a network is wrapped. `Survey` evaluates it twice, once for each way in which it is used, and
-refuses what autodiff would get wrong in silence: outputs that are random or depend on earlier calls, parameters that are read
-past the places where geoad puts the coordinates, checkpoints that hide parameters from ``torch.autograd.grad``.
+`admit` looks at the modules when a network is wrapped, `refuse_modules` when it is evaluated as a function of its parameters.
+What only an evaluation shows is found by `geoad.module.survey`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import logging
-import warnings
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from geoad.errors import UnsupportedModuleError
-from geoad.kernels.graph import dependencies, nodes, once_differentiable
-from geoad.kernels.ladder import forget_forward_mode, only_once
-from geoad.params import Blocks, map_blocks
 
-__all__ = ["Survey", "Use", "admit", "deterministic"]
+__all__ = ["Deterministic", "admit", "refuse_modules"]
 
 logger = logging.getLogger("geoad")
-Run = Callable[[Blocks, Any], Any]
-"""(coordinates, arguments) to outputs."""
-
-
-# -- when a network is wrapped -------------------------------------------------------------------------------------------------
 
 
 def admit(net: nn.Module) -> nn.Module:
@@ -44,7 +28,7 @@ def admit(net: nn.Module) -> nn.Module:
     """
     while isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         logger.warning(
-            "%s was unwrapped: what geoad computes of the network are the values of this process, on its share of the data. "
+            "%s was unwrapped: what geoad computes of the network are the values of this process, on its share of the data; "
             "geoad.distributed.all_reduce(T) combines them.",
             type(net).__name__,
         )
@@ -57,8 +41,8 @@ def admit(net: nn.Module) -> nn.Module:
     for name, parameter in net.named_parameters():
         if _from(parameter, "torch.distributed.tensor"):
             raise UnsupportedModuleError(
-                f"parameter '{name}' is a DTensor, of which this process holds a part. torch has no forward-mode derivatives of "
-                "it, and a point of a manifold needs all its coordinates. Gather them into a plain copy of the network "
+                f"parameter '{name}' is a DTensor, of which this process holds a part. torch has no forward-mode derivatives "
+                "of it, and a point of a manifold needs all its coordinates. Gather them into a plain copy of the network "
                 "(parameter.full_tensor()) and wrap that."
             )
     return net
@@ -84,290 +68,39 @@ def _refusal(module: nn.Module) -> str | None:
             "derivatives would be zero in silence. Wrap the Python module that was scripted or traced."
         )
     if _from(module, "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized"):
-        return "its weights are integers and its outputs are rounded, so derivatives vanish or do not exist. Wrap the float network."
+        return "its weights are integers and its outputs rounded, so derivatives vanish or are missing. Wrap the float network."
     return None
 
 
-# -- when it is evaluated ------------------------------------------------------------------------------------------------------
+class Deterministic:
+    """A context: the network is one function of its parameters.
 
-
-@contextlib.contextmanager
-def deterministic() -> Generator[None]:
-    """The network is one function of its parameters: no fast paths that give other numbers, no cached parametrizations."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0  # pyright: ignore
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        parametrize._cache_enabled = cached  # pyright: ignore
-
-
-class Survey:
-    """Finds out, once for each way of using a network, whether its derivatives can be trusted."""
-
-    def __init__(self) -> None:
-        self._looked: weakref.WeakKeyDictionary[Any, set[tuple[bool, bool]]] = weakref.WeakKeyDictionary()
-        self._compared: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Survey, ()  # a copy looks for itself
-
-    def __call__(self, use: Use, run: Run, theta: Blocks, args: Any) -> None:
-        """Look at ``run(theta, args)``, unless that was done before for the same use.
-
-        Raises:
-            UnsupportedModuleError: the network is not a function of its parameters that autodiff sees through.
-        """
-        if torch.compiler.is_compiling():
-            return
-        axes = [_samples(each) for each in _tensors(args)]
-        sampled = any(count is not None for count in axes)
-        looked = self._looked.setdefault(use.fn, set())
-        compared = self._compared.setdefault(use.fn, set())
-        look = (use.training, sampled) not in looked
-        compare = sampled and use.training not in compared and max(count or 0 for count in axes) > 1
-        if not (look or compare):
-            return
-        _refuse_modules(use.net, sampled)
-        with _apart(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the evaluation that follows will say it
-            bare = map_blocks(lambda block: _bare(block, 0), theta)
-            samples = [_mapped(args, lambda each, i=i: _bare(each, i)) for i in range(2 if sampled else 1)]
-            if look:
-                _look_twice(use, run, bare, samples[0])
-                looked.add((use.training, sampled))
-            if compare and _compare(use.net, run, bare, samples, [count is not None for count in axes]):
-                compared.add(use.training)
-
-
-@dataclass(frozen=True)
-class Use:
-    """One way of using a network.
-
-    Attributes:
-        owner: whose derivatives are taken.
-        net: the network.
-        fn: how it is evaluated.
-        originals: its own parameters by name.
-        training: some module is in training mode.
+    No fast paths of transformers, which give other numbers at padded places and are taken or not depending on
+    ``requires_grad``; no cached parametrizations.
     """
 
-    owner: Any
-    net: nn.Module
-    fn: Callable[..., Any]
-    originals: Mapping[str, nn.Parameter]
-    training: bool
+    def __enter__(self) -> None:
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        self._cached, parametrize._cache_enabled = parametrize._cache_enabled, 0  # pyright: ignore
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fast)
+        parametrize._cache_enabled = self._cached  # pyright: ignore
 
 
-def _look_twice(use: Use, run: Run, theta: Blocks, args: Any) -> None:
-    frozen = [parameter for parameter in use.originals.values() if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)  # so that a graph would show it
-        first, second = _Look(run, theta, args), _Look(run, theta, args)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    if not _close(first.outputs, second.outputs):
-        raise UnsupportedModuleError(_random(use.net))
-    _refuse_hidden(use.net, first, use.originals)
-    _refuse_hidden(use.net, second, {})
-    once = once_differentiable(first.nodes)
-    if once is not None:
-        only_once(use.owner, once)
-    if first.stopped:
-        _refuse_constant(use.net, first)
-        forget_forward_mode(use.owner)
+def refuse_modules(net: nn.Module, sampled: bool) -> None:
+    """Refuse modules whose outputs are, in their present mode, no function of the parameters.
 
-
-def _refuse_hidden(net: nn.Module, look: _Look, originals: Mapping[str, Tensor]) -> None:
-    if any(type(node).__name__.startswith("CheckpointFunction") for node in look.nodes):
-        raise UnsupportedModuleError(
-            f"{_name(net)} uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from "
-            "torch.func and torch.autograd.grad: their derivatives would be zero. Pass use_reentrant=False, or switch "
-            "checkpointing off (gradient_checkpointing_disable() for transformers)."
-        )
-    names = {id(each): name for name, each in originals.items()}
-    own = {id(leaf) for leaf in look.leaves.values()}
-    found = [each for each in look.dependencies if id(each) not in own]
-    hidden = [name for each in found if (name := names.get(id(each)) or getattr(each, _PROBE, None)) is not None]
-    if hidden:
-        raise UnsupportedModuleError(_hidden(net, hidden[0]))
-    changed = [name for name, weight in look.weights.items() if weight._version]
-    if changed:
-        raise UnsupportedModuleError(
-            f"{_name(net)} changes its parameter '{changed[0]}' in place when it is evaluated, so it is not a function of it. "
-            "Take such steps outside of forward; for an embedding leave max_norm=None."
-        )
-
-
-def _refuse_constant(net: nn.Module, look: _Look) -> None:
-    own = {id(leaf) for leaf in look.leaves.values()}
-    if not any(id(each) in own for each in look.dependencies):
-        raise UnsupportedModuleError(
-            f"the outputs of {_name(net)} are computed under no_grad (or inference_mode) from its parameters, so every "
-            "derivative would be zero in silence. Remove the decorator or the context from forward."
-        )
-
-
-def _refuse_modules(net: nn.Module, sampled: bool) -> None:
+    Args:
+        net: the network.
+        sampled: it is evaluated on single samples.
+    """
     for path, module in net.named_modules():
         reason = _unsteady(module) or (_coupled(module) if sampled else None)
         if reason is not None:
             where = f"module '{path}', a {type(module).__name__}," if path else f"the network, a {type(module).__name__},"
             raise UnsupportedModuleError(f"{where} {reason}")
-
-
-def _compare(net: nn.Module, run: Run, theta: Blocks, samples: list[Any], varies: list[bool]) -> bool:
-    """Refuse outputs of one sample that depend on another one. False if these two samples cannot tell."""
-    pairs = list(zip(*(_tensors(each) for each in samples), varies, strict=True))
-    varied = [(a, b) for a, b, both in pairs if both]
-    if any(a.ndim == 0 or len(a) != 1 for a, _ in varied):
-        return True  # not single samples
-    if all(torch.equal(a, b) for a, b in varied):
-        return False
-    joined = iter([torch.cat([a, b]) if both else a for a, b, both in pairs])
-    with torch.no_grad():
-        both = next(_tensors(run(theta, _mapped(samples[0], lambda _: next(joined)))), None)
-        alone = [next(_tensors(run(theta, each)), None) for each in samples]
-    if both is None or both.ndim == 0 or len(both) != 2 or any(each is None or len(each) != 1 for each in alone):
-        return True  # no outputs by sample
-    if not _close([both], [torch.cat([each for each in alone if each is not None])]):
-        raise UnsupportedModuleError(
-            f"the outputs of {_name(net)} for one sample depend on the other samples of the batch, so it has no Jacobian of a "
-            "single sample. Objects of whole batches work: representation='implicit'."
-        )
-    return True
-
-
-_PROBE = "_geoad_probe"
-
-
-class _Look(TorchFunctionMode):
-    """One evaluation on leaves of its own, and what it is found to depend on."""
-
-    def __init__(self, run: Run, theta: Blocks, args: Any) -> None:
-        super().__init__()
-        self.stopped = False
-        self.leaves = {name: block.detach().clone().requires_grad_() for name, block in theta.items()}
-        for name, leaf in self.leaves.items():
-            setattr(leaf, _PROBE, name)  # to be known again, should the network keep something that was computed from it
-        self.weights = {name: leaf.clone() for name, leaf in self.leaves.items()}
-        # inputs ask for gradients too: else a reentrant checkpoint would leave no trace
-        self.inputs = _mapped(args, lambda each: each.detach().clone().requires_grad_() if each.is_floating_point() else each)
-        with self:
-            result = run(self.weights, self.inputs)
-        self.outputs = list(_tensors(result))
-        self.dependencies = dependencies(self.outputs)
-        self.nodes = nodes(self.outputs)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not torch.is_grad_enabled() and isinstance(result, Tensor) and result.is_floating_point():
-            given = [*args, *(kwargs or {}).values()]
-            touched = any(isinstance(each, Tensor) and each.requires_grad for each in given)
-            self.stopped = self.stopped or (touched and not _inside_function())
-        return result
-
-
-def _inside_function() -> bool:
-    """In the forward of an ``autograd.Function``: torch switches gradients off there, its backward brings them."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
-            return True
-        frame = frame.f_back
-    return False
-
-
-@contextlib.contextmanager
-def _apart() -> Generator[None]:
-    """Outside of all transforms that are under way."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    with temporarily_clear_interpreter_stack():
-        yield
-
-
-_functorch: Any = torch._C._functorch  # pyright: ignore
-
-
-def _samples(tensor: Tensor) -> int | None:
-    """How many samples ``vmap`` hides in a tensor; None if it is not batched."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        below = _functorch.get_unwrapped(tensor)
-        if _functorch.is_batchedtensor(tensor):
-            return int(below.shape[_functorch.maybe_get_bdim(tensor)])
-        tensor = below
-    return None
-
-
-def _bare(tensor: Tensor, sample: int) -> Tensor:
-    """The numbers below all transforms; of a batched tensor those of one sample (the last one, if there are fewer)."""
-    if not _functorch.is_functorch_wrapped_tensor(tensor):
-        return tensor
-    below = _bare(_functorch.get_unwrapped(tensor), sample)
-    if not _functorch.is_batchedtensor(tensor):
-        return below
-    axis = int(_functorch.maybe_get_bdim(tensor))
-    return below.select(axis, min(sample, below.shape[axis] - 1))
-
-
-def _children(tree: Any) -> Iterable[Any] | None:
-    if isinstance(tree, Mapping):
-        return cast("Mapping[Any, Any]", tree).values()
-    if isinstance(tree, (list, tuple)):
-        return cast("Iterable[Any]", tree)
-    if hasattr(tree, "__dict__") and not isinstance(tree, (type, nn.Module)) and not callable(tree):
-        return vars(tree).values()
-    return None
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in a tree of mappings, sequences and plain objects."""
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    for each in _children(tree) or ():
-        yield from _tensors(each)
-
-
-def _mapped(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """`tree` with other tensors, for plain dicts, lists and tuples; what is not changed stays the same object."""
-    if isinstance(tree, Tensor):
-        return fn(tree)
-    if type(tree) is dict:
-        given = cast("dict[Any, Any]", tree)
-        changed: Any = {key: _mapped(value, fn) for key, value in given.items()}
-        return tree if all(changed[key] is value for key, value in given.items()) else changed
-    if type(tree) in (list, tuple):
-        items = cast("list[Any]", tree)
-        changed = [_mapped(each, fn) for each in items]
-        return tree if all(a is b for a, b in zip(changed, items, strict=True)) else type(items)(changed)
-    return tree
-
-
-def _close(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Equal up to what other orders of summation may change."""
-    for a, b in zip(first, second, strict=True):
-        if a.shape != b.shape:
-            return False
-        if not a.is_floating_point() or torch.equal(a, b):
-            continue
-        a, b = a.detach(), b.detach()
-        bound = torch.finfo(a.dtype).eps ** 0.5 * a[a.isfinite()].abs().max() if bool(a.isfinite().any()) else 0.0
-        if not torch.allclose(a, b, rtol=0.0, atol=float(bound), equal_nan=True):
-            return False
-    return True
-
-
-# -- the words -----------------------------------------------------------------------------------------------------------------
-
-
-def _name(net: nn.Module) -> str:
-    return f"the network (a {type(net).__name__})"
 
 
 def _unsteady(module: nn.Module) -> str | None:
@@ -402,23 +135,3 @@ def _coupled(module: nn.Module) -> str | None:
             "representation='implicit') work in training mode too, and leave the running statistics as they are."
         )
     return None
-
-
-def _random(net: nn.Module) -> str:
-    return (
-        f"{_name(net)} gave other outputs when it was evaluated again with the same parameters and inputs: it draws random "
-        "numbers (dropout by functional.dropout without training=self.training, noise) or depends on earlier calls. Then every "
-        "evaluation is another function, and a second derivative would mix several of them. Call geo.eval(), pass the noise as "
-        "an input, or seed it inside: forward= with torch.random.fork_rng() and torch.manual_seed(...)."
-    )
-
-
-def _hidden(net: nn.Module, name: str) -> str:
-    owner, _, attribute = name.rpartition(".")
-    module = net.get_submodule(owner) if owner else net
-    return (
-        f"{_name(net)} reads its parameter '{name}' past '{attribute}' of {type(module).__name__}: from a list, a closure, a "
-        "compiled function or a value computed from it earlier. There the coordinates of a point do not arrive, and its "
-        "derivative would be zero or incomplete in silence. Read it as an attribute in forward (self."
-        f"{attribute}, or nn.ParameterList for lists), and compute what depends on it in every call."
-    )

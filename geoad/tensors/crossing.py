@@ -48,11 +48,11 @@ def _step(tensor: Rank2, phi: Reparametrization, along: bool) -> Rank2:
         cls = _seen_class(tensor, end)
         return cls(end, tensor.op, there, home=tensor.home, ups=tensor.ups)
     moved: LinearOperator = Moved(tensor.op, tensor.ups, tensor.at.to(tensor.home), end)
-    moved.definite = tensor.op.definite and (law, along, up) in (("immersion", True, 0), ("submersion", False, 2))
     if verdict == "if":
         moved = _verified(tensor, moved, there, phi, along)
-    # a metric that was semidefinite, or is by now, still is what a Metric may be: its inverse is refused where there is none
-    cls = Form if isinstance(tensor, HorizontalMetric) or (law == "submersion" and isinstance(tensor, Metric)) else type(tensor)
+    # a metric below an immersion may be semidefinite by now, as any Metric: its inverse is refused where there is none
+    metric = isinstance(tensor, (Metric, HorizontalMetric))
+    cls = type(tensor) if not metric else Metric if along else Form
     return cls(end, moved, there, home=end, ups=tensor.ups)
 
 

@@ -28,7 +28,7 @@ class Moved(LinearOperator):
         self.there = at.to(chart)
         congruence = ups[0] == ups[1]
         self.symmetric = op.symmetric and congruence
-        self.definite = op.definite and congruence
+        self.definite = op.definite and congruence and transport.keeps_definite(at.chart, chart)
 
     @staticmethod
     def of(op: LinearOperator, ups: tuple[bool, bool], at: Point, chart: Chart) -> LinearOperator:

@@ -16,13 +16,19 @@ from geoad.testing.invariance import assert_invariant as assert_invariant
 from geoad.testing.networks import SmallNetwork as SmallNetwork
 from geoad.testing.recipes import condition as condition
 from geoad.testing.recipes import standard_charts as standard_charts
+from geoad.testing.smooth_conformance import ImmersionConformance as ImmersionConformance
+from geoad.testing.smooth_conformance import SmoothMapConformance as SmoothMapConformance
+from geoad.testing.smooth_conformance import SubmersionConformance as SubmersionConformance
 
 if TYPE_CHECKING:
     from geoad.testing import strategies as strategies
 
 __all__ = [
     "DiffeomorphismConformance",
+    "ImmersionConformance",
     "SmallNetwork",
+    "SmoothMapConformance",
+    "SubmersionConformance",
     "assert_equivariant",
     "assert_invariant",
     "condition",

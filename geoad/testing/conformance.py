@@ -18,7 +18,7 @@ from geoad.maps.select import bind
 from geoad.params import Blocks, Layout
 from geoad.testing.recipes import dense_jacobian, generic_blocks
 
-__all__ = ["DiffeomorphismConformance"]
+__all__ = ["DiffeomorphismConformance", "require"]
 
 
 class DiffeomorphismConformance(ABC):
@@ -64,7 +64,7 @@ class DiffeomorphismConformance(ABC):
         for x in self._points():
             y = bound.forward(x)
             found = Layout({name: block.shape for name, block in y.items()})
-            _require(found == bound.bound_layout(), f"forward returns the blocks {found}, wanted are {bound.bound_layout()}")
+            require(found == bound.bound_layout(), f"forward returns the blocks {found}, wanted are {bound.bound_layout()}")
             self._close(bound.invert(y), x, "invert(forward(x)) is not x")
             self._close(bound.forward(bound.invert(y)), y, "forward(invert(y)) is not y")
 
@@ -90,9 +90,9 @@ class DiffeomorphismConformance(ABC):
         for x in self._points():
             found = bound.log_abs_det(x, bound.forward(x))
             expected = torch.linalg.slogdet(dense_jacobian(bound, x)).logabsdet
-            _require(found.shape == (), f"log_abs_det returns the shape {tuple(found.shape)}, wanted is a scalar")
+            require(found.shape == (), f"log_abs_det returns the shape {tuple(found.shape)}, wanted is a scalar")
             gap = abs(float(found - expected))
-            _require(
+            require(
                 gap <= self.tolerance * max(1.0, abs(float(expected))),
                 f"log_abs_det is {float(found):.12g}, slogdet of the Jacobian of forward gives {float(expected):.12g}",
             )
@@ -101,13 +101,13 @@ class DiffeomorphismConformance(ABC):
         """Points inside pass both checks; what `outside` gives is refused in words; what is not refused comes back finite."""
         bound = self._bound()
         for x in self._points():
-            _require(bound.outside_domain(x) is None, f"outside_domain refuses a point of point(): {bound.outside_domain(x)}")
+            require(bound.outside_domain(x) is None, f"outside_domain refuses a point of point(): {bound.outside_domain(x)}")
             found = bound.outside_image(bound.forward(x))
-            _require(found is None, f"outside_image refuses a value of forward: {found}")
+            require(found is None, f"outside_image refuses a value of forward: {found}")
         for x in self.outside():
             words: Any = bound.outside_domain(x)
-            _require(bool(words), "outside_domain accepts a point of outside()")
-            _require(isinstance(words, str), f"outside_domain returns {words!r}, wanted are words or None")
+            require(bool(words), "outside_domain accepts a point of outside()")
+            require(isinstance(words, str), f"outside_domain returns {words!r}, wanted are words or None")
         for x in self._far_points():
             self._check_far(bound, x)
 
@@ -118,18 +118,18 @@ class DiffeomorphismConformance(ABC):
         for matrix in matrices:
             entries = matrix.abs() > 1e-12 * matrix.abs().max()
             if bound.elementwise:
-                _require(torch.equal(entries, entries.diagonal().diag()), "elementwise=True, but J is not diagonal")
+                require(torch.equal(entries, entries.diagonal().diag()), "elementwise=True, but J is not diagonal")
             if bound.monomial:
                 one = bool((entries.sum(0) == 1).all()) and bool((entries.sum(1) == 1).all())
-                _require(one, "monomial=True, but J has not one entry in each row and column")
+                require(one, "monomial=True, but J has not one entry in each row and column")
             if bound.blockwise:
                 for name, where in layout.offsets().items():
                     others = torch.ones(layout.dim, dtype=torch.bool)
                     others[where] = False
-                    _require(not bool(entries[where][:, others].any()), f"blockwise=True, but block '{name}' depends on others")
+                    require(not bool(entries[where][:, others].any()), f"blockwise=True, but block '{name}' depends on others")
             if bound.linear:
                 same = float((matrix - matrices[0]).abs().max()) <= self.tolerance * float(matrix.abs().max())
-                _require(same, "linear=True, but J depends on the point")
+                require(same, "linear=True, but J depends on the point")
 
     def test_transforms(self) -> None:
         """vmap over points agrees with a loop, and second derivatives of the map and its products are finite."""
@@ -149,18 +149,16 @@ class DiffeomorphismConformance(ABC):
             return layout.ravel(bound.push(x, bound.forward(x), v))
 
         second: Any = torch.func.jacfwd(product)(layout.ravel(many[0]))
-        _require(
-            bool(second.isfinite().all()), "the derivative of push is not finite: second derivatives of the map are broken"
-        )
+        require(bool(second.isfinite().all()), "the derivative of push is not finite: second derivatives of the map are broken")
 
     def test_precision(self) -> None:
         """float32 in, float32 out, and there and back to single precision."""
         bound, layout = self._bound(), Layout(self.layout)
         x = {name: block.float() for name, block in self.point(0).items()}
         y = bound.forward(x)
-        _require(all(block.dtype == torch.float32 for block in y.values()), "forward of float32 blocks is not float32")
+        require(all(block.dtype == torch.float32 for block in y.values()), "forward of float32 blocks is not float32")
         back = layout.ravel(bound.invert(y)).double() - layout.ravel(x).double()
-        _require(float(back.norm()) <= 1e-3 * float(layout.ravel(x).norm()), "invert(forward(x)) is not x in float32")
+        require(float(back.norm()) <= 1e-3 * float(layout.ravel(x).norm()), "invert(forward(x)) is not x in float32")
 
     def test_copies(self) -> None:
         """deepcopy and pickle give the same map; two bindings of the recipe agree; a bound map is not bound again."""
@@ -181,7 +179,7 @@ class DiffeomorphismConformance(ABC):
         p = chart.point(self.point(0))
         v, w = chart.vector(self._direction(1), at=p), chart.covector(self._direction(2), at=p)
         here, there = w(v), w.to(psi)(v.to(psi))
-        _require(
+        require(
             abs(float(here - there)) <= self.tolerance * float(v.ravel().norm() * w.ravel().norm()),
             f"the pairing of a covector and a vector changes from {float(here):.12g} to {float(there):.12g}",
         )
@@ -204,7 +202,8 @@ class DiffeomorphismConformance(ABC):
 
     def _bound(self) -> Diffeomorphism:
         recipe, layout = self.make(), Layout(self.layout)
-        return (recipe.bind(layout) if recipe.joint else bind(recipe, layout)).requires_grad_(False)
+        bound: Any = recipe.bind(layout) if recipe.joint else bind(recipe, layout)
+        return bound.requires_grad_(False)
 
     def _points(self) -> list[Blocks]:
         return [self.point(seed) for seed in range(3)]
@@ -229,7 +228,7 @@ class DiffeomorphismConformance(ABC):
         if bound.outside_domain(x) is not None or not finite:
             return
         y = bound.bound_layout().ravel(bound.forward(x))
-        _require(
+        require(
             bool(y.isfinite().all()),
             f"outside_domain accepts a point (|x| up to {float(flat.abs().max()):.3g}) at which forward is not finite: "
             f"{int((~y.isfinite()).sum())} of {y.numel()} numbers. Name the violated condition there",
@@ -239,9 +238,10 @@ class DiffeomorphismConformance(ABC):
         layout = Layout(self.layout)
         a, b = layout.ravel(found).detach(), layout.ravel(expected).detach()
         error = float((a - b).norm()) / max(float(b.norm()), 1e-3)
-        _require(error <= self.tolerance, f"{words}: relative error {error:.2g}, allowed {self.tolerance:.2g}")
+        require(error <= self.tolerance, f"{words}: relative error {error:.2g}, allowed {self.tolerance:.2g}")
 
 
-def _require(condition: bool, words: str) -> None:
+def require(condition: bool, words: str) -> None:
+    """An assertion that is never switched off."""
     if not condition:
         raise AssertionError(words)

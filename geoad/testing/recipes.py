@@ -92,18 +92,25 @@ def generic_blocks(layout: Layout, seed: int, batch: Sequence[int] = (), dtype: 
 
 
 def dense_jacobian(bound: Map, x: Blocks) -> Tensor:
-    """∂φ/∂θ at x, (d, d) in the order of the layout, by autodiff of `forward` alone."""
-    layout = bound.bound_layout()
+    """∂φ/∂θ at x, (d, d) in the order of the layout, by autodiff of `forward` alone.
+
+    For a map that cannot be undone ∂θ/∂ψ at the section over x, by autodiff of `invert` alone.
+    """
+    start, end, fn = bound.bound_layout(), Layout(bound.image_shapes), bound.forward
+    if bound.by_section:
+        x, start, end, fn = bound.forward(x), end, start, bound.invert
 
     def raveled(vector: Tensor) -> Tensor:
-        return layout.ravel(bound.forward(layout.unravel(vector)))
+        return end.ravel(fn(start.unravel(vector)))
 
-    result: Any = torch.func.jacrev(raveled)(layout.ravel(x))
+    result: Any = torch.func.jacrev(raveled)(start.ravel(x))
     return result
 
 
 def condition(phi: Reparametrization | Chart | Map, p: Point | Blocks) -> float:
     """The condition number of J = ∂ψ/∂θ at p: how many digits a change of coordinates may cost.
+
+    For a map that cannot be undone that of ∂θ/∂ψ, at its section over p.
 
     Args:
         phi: a reparametrization, a bound map, or a chart ψ (then θ is its reference chart).
