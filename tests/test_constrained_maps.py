@@ -284,7 +284,8 @@ def test_a_base_is_a_point_in_any_chart_or_a_dict(make: Any) -> None:
     y = expected.layout.unravel(normal(3, expected.dim))
     reached = expected.point(y).to(theta).ravel()
     parameters = {name: nn.Parameter(block) for name, block in p.components.items()}
-    for base in (p.to(elsewhere), p.components, parameters, p.to(torch.float64)):
+    computed = {name: 1 * block for name, block in parameters.items()}  # in the middle of an autograd graph
+    for base in (p.to(elsewhere), p.components, parameters, computed, p.to(torch.float64)):
         psi = theta.reparametrize(make(base)).target
         if "0.weight_A" in psi.layout or "z" in psi.layout or base is not p:
             assert close(psi.point(y).to(theta).ravel(), reached, 1e-12)

@@ -167,6 +167,21 @@ def test_long_steps_of_factors_are_exact() -> None:
         assert close(u @ w, q.to(theta).components + v.to(theta).components, 1e-12)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_factors_of_which_one_is_singular_are_followed_by_the_other(turned: bool) -> None:
+    """With U = e eᵀ and V = 1 this step leads to a singular U, in whose range the rest of W does not lie."""
+    theta = geoad.Chart({"w": (2, 2)}, "theta")
+    psi = theta.reparametrize(maps.Factorization(2)).target
+    singular, step = torch.diag(torch.tensor([1.0, 0.0])), torch.tensor([[0.0, 2.0], [1.0, 1.0]])
+    factors = {"w_u": torch.eye(2), "w_v": singular} if turned else {"w_u": singular, "w_v": torch.eye(2)}
+    q = psi.point(factors)
+    v = theta.vector(step.mT if turned else step, at=q.to(theta)).to(psi)
+    moved = v.components["w_v" if turned else "w_u"] + singular
+    assert abs(float(torch.linalg.det(moved))) < 1e-12
+    end = q.retract(v).components
+    assert close(end["w_u"] @ end["w_v"], singular + (step.mT if turned else step), 1e-14)
+
+
 def test_factorization_follows_in_batches_and_compiled_transforms() -> None:
     theta = geoad.Chart({"w": (3, 3)}, "theta")
     psi = theta.reparametrize(maps.Factorization(3)).target

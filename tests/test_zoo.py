@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import geoad
 from geoad.curvature import Fisher
 from geoad.errors import GeometryError
 from geoad.kernels import ladder
+from geoad.kernels.bags import SpelledOutBags
 from geoad.kernels.jacobians import sample_jacobian
+from geoad.kernels.norms import SpelledOut
 from geoad.params import Blocks
 from geoad.testing import zoo
 from geoad.testing.zoo import Model
@@ -317,3 +320,59 @@ def test_outcomes_are_watched() -> None:
     with ladder.watched() as seen:
         Fisher(geo, torch.randn(3, 2))(p).mv(geo.reference.vector(torch.ones(6), at=p))
     assert [(each.path, each.way, each.fixes) for each in seen] == [(("jvp",), "forward", ()), (("vjp",), "reverse", ())]
+
+
+BAGS: dict[str, dict[str, Any]] = {
+    "rows": {"input": torch.tensor([[0, 3, 3], [1, 2, 4]])},
+    "offsets": {"input": torch.tensor([0, 3, 3, 1, 2, 4]), "offsets": torch.tensor([0, 2, 2, 5])},
+    "last offset": {
+        "input": torch.tensor([0, 3, 3, 1, 2]),
+        "offsets": torch.tensor([0, 2, 5]),
+        "include_last_offset": True,
+    },
+    "padding": {"input": torch.tensor([[0, 3, 3], [3, 3, 3], [1, 3, 2]]), "padding_idx": 3},
+    "padding from the end": {"input": torch.tensor([[4, 3], [4, 4]]), "padding_idx": -1},
+}
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("name", BAGS)
+def test_embedding_bags_by_their_formula(name: str, mode: str) -> None:
+    weight = torch.randn(5, 2, requires_grad=True)
+    cases = [{}]
+    if mode == "sum" and "padding_idx" not in BAGS[name]:
+        cases.append({"per_sample_weights": torch.randn(BAGS[name]["input"].shape)})
+    for more in cases:
+        options = {**BAGS[name], **more, "weight": weight, "mode": mode}
+        wanted = functional.embedding_bag(**options)
+        with SpelledOutBags():
+            found = functional.embedding_bag(**options)
+        torch.testing.assert_close(found, wanted)
+        cotangent = torch.randn(wanted.shape)
+        slopes = [torch.autograd.grad(each, weight, cotangent)[0] for each in (found, wanted)]
+        torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((3, 4), 0), ((3, 4), 1), ((3, 4), -1), ((2, 3, 4), 1), ((4,), 0)])
+def test_weight_norm_by_its_formula(shape: tuple[int, ...], dim: int) -> None:
+    v = torch.randn(shape, requires_grad=True)
+    g = torch.norm_except_dim(v.detach(), 2, dim).mul(1.5).requires_grad_()
+    wanted = torch._weight_norm(v, g, dim)
+    with SpelledOut():
+        found = torch._weight_norm(v, g, dim)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sin().sum(), (v, g)) for each in (found, wanted)))
+
+
+def test_the_loss_of_torch_whose_second_derivative_lacks_a_forward_mode() -> None:
+    """F.mse_loss: found out once, then remembered with the loss, not with the network."""
+    geo = zoo.build("Linear MLP").geo()
+    p = geo.point()
+    v = geo.reference.vector(torch.ones(geo.chart.dim), at=p)
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    fused, plain = (geo.loss(fn, (x, y)) for fn in (functional.mse_loss, lambda f, t: (f - t).square().mean()))
+    for field, way in ((fused, "reverse"), (plain, "forward"), (fused, "reverse")):
+        with ladder.watched() as seen:
+            product = geoad.hessian(field)(p).mv(v).ravel()
+        assert [each.way for each in seen] == [way]
+        close(product, geoad.hessian(plain)(p).to_dense() @ torch.ones(geo.chart.dim), 1e-12)

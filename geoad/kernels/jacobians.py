@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geoad.kernels import products
-from geoad.kernels.ladder import climb
+from geoad.kernels.ladder import climb, one_by_one
 from geoad.params import Blocks, Layout
 
 __all__ = ["batched", "rebuilt", "sample_jacobian"]
@@ -39,7 +39,8 @@ def sample_jacobian(outputs: Callable[[Blocks, Any], Tensor], layout: Layout, x:
         values, jacobians = zip(*rows, strict=True)
         return torch.stack(values), torch.stack(jacobians)
 
-    return climb("samples", [("vmap", by_vmap), ("loop", by_loop)])
+    with one_by_one():
+        return climb("samples", [("vmap", by_vmap), ("loop", by_loop)])
 
 
 def _one_jacobian(

@@ -35,8 +35,10 @@ __all__ = [
     "climb",
     "failed_before",
     "forget_forward_mode",
+    "one_by_one",
     "only_once",
     "refuse_second",
+    "singly",
     "visit",
     "watched",
 ]
@@ -190,6 +192,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.stack: list[_Attempt] = []
         self.watchers: list[list[Outcome]] = []
+        self.singles = 0
 
 
 _local = _Local()
@@ -346,6 +349,21 @@ def forget_forward_mode(owner: Any) -> None:
     logger.info(
         "derivatives of a %s are taken in reverse mode only: it works under no_grad on its coordinates", type(owner).__name__
     )
+
+
+@contextlib.contextmanager
+def one_by_one() -> Generator[None]:
+    """In this block functions are evaluated on single samples, each by itself: networks that couple samples are refused."""
+    _local.singles += 1
+    try:
+        yield
+    finally:
+        _local.singles -= 1
+
+
+def singly() -> bool:
+    """True inside of `one_by_one`."""
+    return _local.singles > 0
 
 
 @contextlib.contextmanager

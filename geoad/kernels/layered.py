@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoad.kernels import products
 from geoad.kernels.jacobians import batched, rebuilt, sample_jacobian
-from geoad.kernels.ladder import climb
+from geoad.kernels.ladder import climb, one_by_one
 from geoad.kernels.tap import AffineUse, Tap
 from geoad.params import Blocks, Layout
 
@@ -53,7 +53,7 @@ class Plan:
 
 def plan_of(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
     """What one evaluation on `sample` (a single sample with its batch axis of 1) shows."""
-    with torch.no_grad(), Tap(_names(x)) as tap:
+    with torch.no_grad(), one_by_one(), Tap(_names(x)) as tap:
         outputs(x, sample)
     used = {name for use in tap.uses for name in (use.weight, use.bias) if name is not None}
     covered = frozenset(used - set(tap.others))
@@ -81,7 +81,8 @@ def layered_jacobian(outputs: Outputs, x: Blocks, inputs: Any, plan: Plan) -> tu
             return f, (f, tap.inputs)
 
         zeros = [like.new_zeros(use.shape) for use in plan.uses]
-        f, pull, aux = torch.func.vjp(perturbed, zeros, others, has_aux=True)
+        linearized: Any = torch.func.vjp(perturbed, zeros, others, has_aux=True)
+        f, pull, aux = linearized
         eye = torch.eye(f.numel(), dtype=f.dtype, device=f.device).reshape(f.numel(), *f.shape)
         return aux, torch.func.vmap(pull)(eye)
 

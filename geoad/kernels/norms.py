@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from geoad.kernels import solves
+
 __all__ = ["SpelledOut", "spelled_out"]
 
 
@@ -30,7 +32,7 @@ def spelled_out() -> AbstractContextManager[Any]:
 
 
 class SpelledOut(TorchFunctionMode):
-    """Layer, instance, batch and weight norm by their formulas.
+    """Layer, instance, batch and weight norm by their formulas; solves and determinants by those of `geoad.kernels.solves`.
 
     >>> import torch
     >>> from geoad.kernels.norms import SpelledOut
@@ -104,7 +106,8 @@ def _instance_norm(
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    norm = torch.linalg.vector_norm(v, dim=None if dim == -1 else [i for i in range(v.ndim) if i != dim % v.ndim], keepdim=True)
+    others = list(range(v.ndim)) if dim == -1 else [i for i in range(v.ndim) if i != dim]
+    norm = torch.linalg.vector_norm(v, dim=others, keepdim=True) if others else v.abs()  # no axes would mean all
     return v * (g / norm.reshape(g.shape))
 
 
@@ -113,4 +116,5 @@ _FORMULAS: dict[Any, Callable[..., Tensor | None]] = {
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,
+    **solves.FORMULAS,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["SpelledOutSolves", "exact_solves", "slogdet", "solve"]
+__all__ = ["FORMULAS", "SpelledOutSolves", "exact_solves", "slogdet", "solve"]
 
 
 def exact_solves() -> AbstractContextManager[Any]:
@@ -39,7 +39,7 @@ class SpelledOutSolves(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        formula = _FORMULAS.get(func)
+        formula = FORMULAS.get(func)
         return (func if formula is None else formula)(*args, **(kwargs or {}))
 
 
@@ -95,7 +95,7 @@ def _householder(A: Tensor, tau: Tensor) -> Tensor:
     return found
 
 
-_FORMULAS: dict[Any, Callable[..., Any]] = {
+FORMULAS: dict[Any, Callable[..., Any]] = {
     torch.linalg.solve: solve,
     torch.linalg.solve_ex: _solve_ex,
     torch.linalg.slogdet: _slogdet,

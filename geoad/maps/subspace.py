@@ -86,9 +86,6 @@ class Subspace(Immersion):
 
     def prepare_parts(self, layout: Layout) -> None:
         frame, triangle = torch.linalg.qr(self._matrix(layout))
-        # with a positive diagonal, Q of an orthonormal basis is that basis
-        signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(triangle)
-        frame, triangle = frame * signs, signs[:, None] * triangle
         if isinstance(self.basis, int) and self.orthonormal:
             triangle = torch.eye(self.columns, dtype=frame.dtype)
         spectrum = torch.linalg.svdvals(triangle)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from geoad.errors import UnsupportedModuleError
 from geoad.kernels.graph import dependencies, nodes, once_differentiable
-from geoad.kernels.ladder import forget_forward_mode, only_once
+from geoad.kernels.ladder import forget_forward_mode, only_once, singly
 from geoad.module.support import refuse_modules
 from geoad.params import Blocks, map_blocks
 
@@ -49,18 +49,19 @@ class Survey:
             UnsupportedModuleError: the network is not a function of its parameters that autodiff sees through.
         """
         axes = [_samples(each) for each in _tensors(args)]
-        sampled = any(count is not None for count in axes)
+        batched = any(count is not None for count in axes)
+        sampled = batched or singly()
         looked = self._looked.setdefault(use.fn, set())
         compared = self._compared.setdefault(use.fn, set())
         look = (use.training, sampled) not in looked
-        compare = sampled and use.training not in compared and max(count or 0 for count in axes) > 1
+        compare = batched and use.training not in compared and max(count or 0 for count in axes) > 1
         if not (look or compare):
             return
         refuse_modules(use.net, sampled)
         with _apart(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluation that follows will say it
             bare = map_blocks(lambda block: _bare(block, 0).detach(), theta)  # other objects: a `Tap` looks away
-            samples = [_mapped(args, lambda each, i=i: _bare(each, i)) for i in range(2 if sampled else 1)]
+            samples = [_mapped(args, lambda each, i=i: _bare(each, i)) for i in range(2 if batched else 1)]
             if look:
                 _look_twice(use, run, bare, samples[0])
                 looked.add((use.training, sampled))

@@ -146,8 +146,8 @@ class Invariant(Optimizer):
         if chart.ground != self.geo.reference:
             raise NotADiffeomorphismError(
                 f"Invariant was asked to step in chart '{chart.name}', which covers only a part of "
-                f"'{self.geo.reference.name}': a step of the reference coordinates leaves it. Step its own "
-                "coordinates with a plain optimizer, torch.optim.SGD(geo.parameters(), ...), or go back first with geo.to(geo.reference)."
+                f"'{self.geo.reference.name}': a step of the reference coordinates leaves it. Step its own coordinates with a "
+                "plain optimizer, torch.optim.SGD(geo.parameters(), ...), or go back first with geo.to(geo.reference)."
             )
 
     # -- leaving the domain ----------------------------------------------------------------------------------------------
