@@ -341,6 +341,8 @@ def same_point(p: Point, q: Point) -> bool:
 def interpolate(p: Point, q: Point, t: float | Tensor) -> Point:
     """The point (1 - t) p + t q on the straight line of the reference chart, in the chart of p; a batch for several times t.
 
+    In redundant coordinates it is the point over that line that continues p in its fibre, also at t = 1.
+
     >>> import torch, geoad
     >>> xy = geoad.Chart({"x": (2,)}, name="xy")
     >>> p, q = xy.point(torch.zeros(2)), xy.point(torch.ones(2))

@@ -127,7 +127,10 @@ class Form(_Bilinear):
         form = self.damped(damping)
         positive = isinstance(self, Metric)
         right = w.to(form.home)
-        solution = ops.solve(for_batch(form, right.blocks), right.blocks, positive=positive, method=method)
+        try:
+            solution = ops.solve(for_batch(form, right.blocks), right.blocks, positive=positive, method=method)
+        except SingularMetricError as error:
+            raise _below_a_map(error, form.home) from error
         return Vector(form.home, solution, right.at).to(self.chart)
 
     def damped(self, damping: float | Tensor) -> Any:
@@ -320,6 +323,17 @@ def _require_not_negative(tensor: TypedTensor, sign: Tensor) -> None:
             f"the determinant of this {describe(tensor)} is negative, so its logarithm is not real. At a saddle point use "
             ".slogdet(), which gives the sign and log |det|; for a posterior check that the point is a minimum."
         )
+
+
+def _below_a_map(error: SingularMetricError, home: Chart) -> SingularMetricError:
+    """The error, with what helps where the reference metric is singular itself."""
+    space = home.space
+    if space.parent is None or space.parent.map.law == "submersion":
+        return error
+    return SingularMetricError(
+        f"{error} In chart '{home.name}', below a map that need not be one to one, the reference metric may be singular too; "
+        f"a metric of the chart itself is not: G + lam * geoad.metrics.Euclidean({space.name})(p)."
+    )
 
 
 def reference_metric(tensor: TypedTensor) -> Metric:

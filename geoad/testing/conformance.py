@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geoad.charts import Chart
 from geoad.errors import ChartDomainError, GeometryError
-from geoad.maps.base import Diffeomorphism
+from geoad.maps.base import Map
 from geoad.maps.select import bind
 from geoad.params import Blocks, Layout
 from geoad.testing.recipes import dense_jacobian, generic_blocks
@@ -45,7 +45,7 @@ class DiffeomorphismConformance(ABC):
     tolerance: float = 1e-9
 
     @abstractmethod
-    def make(self) -> Diffeomorphism:
+    def make(self) -> Map:
         """A fresh recipe (not bound), with the same numbers each time."""
 
     def point(self, seed: int) -> Blocks:
@@ -200,7 +200,7 @@ class DiffeomorphismConformance(ABC):
 
     # -- helpers ---------------------------------------------------------------------------------------------------------
 
-    def _bound(self) -> Diffeomorphism:
+    def _bound(self) -> Map:
         recipe, layout = self.make(), Layout(self.layout)
         bound: Any = recipe.bind(layout) if recipe.joint else bind(recipe, layout)
         return bound.requires_grad_(False)
@@ -221,7 +221,7 @@ class DiffeomorphismConformance(ABC):
         full = [torch.full((layout.dim,), value, dtype=torch.float64) for value in constants]
         return far + [layout.unravel(each) for each in full]
 
-    def _check_far(self, bound: Diffeomorphism, x: Blocks) -> None:
+    def _check_far(self, bound: Map, x: Blocks) -> None:
         """A point that the map does not refuse must have finite coordinates."""
         flat = bound.bound_layout().ravel(x)
         finite = bool(flat.isfinite().all())

@@ -64,7 +64,7 @@ RECIPES: dict[str, Maker] = {
     "additive coupling": lambda draws: maps.Coupling("additive", layers=3, swap=True, generator=draws),
     "inversion": lambda draws: maps.Inversion(2.0),
     "wrap": lambda draws: maps.Wrap(),
-    "functions": lambda draws: maps.Functions(functools.partial(_each, torch.sinh), functools.partial(_each, torch.asinh)),
+    "functions": lambda draws: maps.Functions(functools.partial(_each, torch.asinh), functools.partial(_each, torch.sinh)),
     "inverse": lambda draws: maps.Inverse(maps.Compose(maps.Affine(generator=draws), maps.Asinh())),
 }
 """Every map of `geoad.maps`, in forms that are defined at the points of `generic_blocks`."""
