@@ -323,8 +323,11 @@ def test_bad_bases(make: Any) -> None:
 
 def test_missing_bases_and_wrong_blocks() -> None:
     theta, p = chart_and_point()
-    with pytest.raises(GeometryError, match=r"LoRA needs base=.*geo\.point\(\)"):
-        maps.LoRA(2)
+    from_zero = theta.reparametrize({"*.weight": maps.LoRA(2)}, "from zero").target
+    with pytest.raises(ChartDomainError, match=r"no base was given.*base=geo\.point\(\)"):
+        p.to(from_zero)
+    q = from_zero.point({name: torch.randn(shape) for name, shape in from_zero.layout.items()})
+    torch.testing.assert_close(q.to(theta).blocks["0.weight"], q.blocks["0.weight_B"] @ q.blocks["0.weight_A"])
     with pytest.raises(GeometryError, match=r"Frozen needs the values.*found nothing.*geo\.point\(\)"):
         theta.reparametrize({"*.bias": maps.Frozen(None)})
     with pytest.raises(GeometryError, match=r"LoRA was bound to a block of shape \(6,\)"):

@@ -35,11 +35,12 @@ class LoRA(SmoothMap):
     Args:
         rank: r.
         alpha: α; the factor before B A is α/r. Default: r, so that the factor is 1.
-        base: W₀: a point of any chart of the manifold, or a dict name -> tensor.
+        base: W₀: a point of any chart of the manifold, or a dict name -> tensor. To adapt a network pass ``geo.point()``.
+            Default: 0, so that only weights of rank ≤ r are in the domain.
         generator: where the A of the section at W₀ is drawn.
 
     Raises:
-        GeometryError: there is no base, or a block has fewer than two axes.
+        GeometryError: a block has fewer than two axes, or is not in the base.
         ChartDomainError: W - W₀ has a rank above r.
 
     >>> import torch, geoad
@@ -62,11 +63,6 @@ class LoRA(SmoothMap):
             raise GeometryError(
                 f"LoRA needs a finite alpha ≠ 0, found {alpha}: W = W₀ + (alpha / rank) B A would not depend on A and B."
             )
-        if base is None:
-            raise GeometryError(
-                "LoRA needs base=, the weights W₀ that it adapts, found nothing. They are part of the map W = W₀ + (α/r) B A. "
-                "Pass a point, LoRA(rank, base=geo.point()), or a dict name -> tensor; for W = B A use maps.Factorization."
-            )
         self.base = plain(base)
         self.generator = generator
 
@@ -78,9 +74,11 @@ class LoRA(SmoothMap):
         return {"A": (self.rank, *shape[1:]), "B": (shape[0], self.rank, *(1,) * (len(shape) - 2))}
 
     def prepare_parts(self, layout: Layout) -> None:
-        base = anchored(self.base, layout, "LoRA", "the weights W₀ that it adapts")
+        name = layout.names[0]
+        self._from_zero = self.base is None
+        base = {name: torch.zeros(self._shape)} if self._from_zero else self.base
         self.base = None
-        self.register_buffer("frozen", base[layout.names[0]])
+        self.register_buffer("frozen", anchored(base, layout, "LoRA", "the weights W₀ that it adapts")[name])
         device = torch.device("cpu") if self.generator is None else self.generator.device
         shape = (self.rank, self._sizes[1])
         uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64, device=device).cpu()
@@ -118,10 +116,13 @@ class LoRA(SmoothMap):
         beyond = singular_values(update)[self.rank :]
         if not beyond.numel() or bool(beyond[0] <= slack):
             return None
-        return (
+        condition = (
             f"LoRA of rank {self.rank} reaches weights that differ from W₀ by a matrix of at most that rank, but the singular "
             f"value number {self.rank + 1} of the difference is {float(beyond[0]):.6g}"
         )
+        if self._from_zero:
+            condition += " (no base was given, so W₀ = 0; to adapt these weights pass LoRA(rank, base=geo.point()))"
+        return condition
 
     # -- products ------------------------------------------------------------------------------------------------------
 
