@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import geoad
 from geoad import maps
+from geoad.connection import products
 from geoad.curvature import Categorical, Fisher, Gaussian
 from geoad.errors import GeometryError, SingularMetricError
 from geoad.metrics import Euclidean
@@ -94,13 +96,22 @@ def categorical(f: Tensor) -> Tensor:
     return torch.diag(p) - torch.outer(p, p)
 
 
+CURVES: dict[str, Callable[[Tensor], Tensor]] = {
+    # the Hessians of the log-partition functions
+    "categorical": categorical,
+    "bernoulli": torch.func.hessian(lambda f: (1 + f.exp()).log().sum()),
+    "poisson": torch.func.hessian(lambda f: f.exp().sum()),
+    "gaussian": lambda f: torch.eye(len(f)),
+}
+
+
 @every_net
 @pytest.mark.parametrize("representation", ["dense", "implicit"])
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+@pytest.mark.parametrize("likelihood", list(CURVES))
 def test_against_plain_torch(name: str, representation: str, likelihood: str) -> None:
     make, inputs = NETS[name]
     geo = geoad.GeoModule(make())
-    curve = categorical if likelihood == "categorical" else lambda f: torch.eye(len(f))
+    curve = CURVES[likelihood]
     psi = geo.reference.reparametrize(maps.Coupling(generator=torch.Generator().manual_seed(0)), name="psi").target
     wanted = {chart: reference(geo, inputs, curve, chart) for chart in (geo.reference, psi)}
     for home in (geo.reference, psi):  # the exact Fisher is the same object for every choice
@@ -112,6 +123,37 @@ def test_against_plain_torch(name: str, representation: str, likelihood: str) ->
             torch.testing.assert_close(mean(p).to_dense(), wanted[chart] / 7, rtol=1e-10, atol=1e-11)
             v = chart.vector(torch.ones(chart.dim), at=p)
             torch.testing.assert_close(field(p).mv(v).ravel(), wanted[chart] @ torch.ones(chart.dim), rtol=1e-9, atol=1e-10)
+
+
+LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
+    "bernoulli": (F.binary_cross_entropy_with_logits, lambda f: f.sigmoid()),
+    "poisson": (F.poisson_nll_loss, lambda f: f.exp()),
+}
+
+
+@pytest.mark.parametrize("likelihood", list(LOSSES))
+def test_at_targets_that_are_the_mean_the_hessian_of_the_loss_is_the_fisher(likelihood: str) -> None:
+    """There the residual vanishes, so that only JᵀAJ is left of the Hessian; the mean over 3 outputs divides by 3."""
+    make, inputs = NETS["mlp"]
+    geo = geoad.GeoModule(make())
+    loss, mean = LOSSES[likelihood]
+    field = geo.loss(loss, (inputs, mean(geo(inputs)).detach()))
+    fisher = Fisher(geo, inputs, likelihood, representation="dense")(geo.point())
+    torch.testing.assert_close(geoad.hessian(field)(geo.point()).to_dense(), fisher.to_dense() / 3, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", list(CURVES))
+def test_the_connection_is_that_of_the_general_formula(likelihood: str) -> None:
+    make, inputs = NETS["mlp"]
+    geo = geoad.GeoModule(make())
+    field = Fisher(geo, inputs, likelihood)
+    assert field.hessian_type
+    x = geo.point().blocks
+    v, w = ({name: torch.randn_like(block) for name, block in x.items()} for _ in range(2))
+    for product in (products.contracted, products.first_kind):
+        special, general = product(field, x, v, w), product.dispatch(geoad.MetricField)(field, x, v, w)
+        for name in x:
+            torch.testing.assert_close(special[name], general[name], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +222,8 @@ def test_refusals() -> None:
     make, inputs = NETS["mlp"]
     geo = geoad.GeoModule(make())
     p = geo.point()
-    with pytest.raises(GeometryError, match="likelihood='poisson'"):
-        Fisher(geo, inputs, "poisson")
+    with pytest.raises(GeometryError, match="likelihood='cauchy'"):
+        Fisher(geo, inputs, "cauchy")
     with pytest.raises(GeometryError, match="representation='magic'"):
         Fisher(geo, inputs, representation="magic")
     with pytest.raises(GeometryError, match="kind='other'"):

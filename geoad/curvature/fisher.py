@@ -26,14 +26,14 @@ __all__ = ["Fisher"]
 class Fisher(OutputCurvature):
     r"""The exact (type-2) Fisher metric :math:`\frac1N \sum_n J_n^\top A(f_n) J_n`, a metric field.
 
-    A(f) is the Fisher matrix of the likelihood in its output parameters, so no labels are used. For the categorical and the
-    Gaussian likelihood it equals the generalised Gauss-Newton matrix of the negative log-likelihood.
+    A(f) is the Fisher matrix of the likelihood in its output parameters, so no labels are used. For the likelihoods here, whose
+    outputs are natural parameters (or the mean of a Gaussian), it equals the generalised Gauss-Newton matrix of -log p.
 
     Args:
         geo: the network.
         data: (x, y), x alone as a tensor, a mapping, a list of batches or a ``DataLoader``; targets are ignored.
-        likelihood: "categorical" (logits), "gaussian" (mean, unit covariance), or a `Likelihood` such as
-            ``Gaussian(covariance)``.
+        likelihood: "categorical" (logits), "bernoulli" (logits), "poisson" (log-rates), "gaussian" (mean, unit covariance), or
+            a `Likelihood` such as ``Gaussian(covariance)``, also one of your own.
         kind: "exact".
         chart: where the numbers are computed; the exact Fisher is the same object for every choice. Default: the reference
             chart.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geoad.errors import GeometryError, SingularMetricError
 
-__all__ = ["Categorical", "Gaussian", "Likelihood", "likelihood_of"]
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson", "likelihood_of"]
 
 
 class Likelihood(ABC):
@@ -51,6 +51,27 @@ class Categorical(Likelihood):
             )
 
 
+class Bernoulli(Likelihood):
+    """Independent yes-no answers with the logits f, p = σ(f): A = diag(p (1 - p)).
+
+    The mean of ``F.binary_cross_entropy_with_logits`` runs over samples and outputs: with c outputs its Gauss-Newton matrix is
+    1/c times the mean of this Fisher over the samples.
+    """
+
+    def fisher(self, outputs: Tensor, t: Tensor) -> Tensor:
+        return outputs.sigmoid() * (-outputs).sigmoid() * t
+
+
+class Poisson(Likelihood):
+    """Independent counts with the logarithm f of their rates: A = diag(exp f).
+
+    As ``F.poisson_nll_loss`` with ``log_input=True``; its mean runs over samples and outputs, see `Bernoulli`.
+    """
+
+    def fisher(self, outputs: Tensor, t: Tensor) -> Tensor:
+        return outputs.exp() * t
+
+
 class Gaussian(Likelihood):
     """N(f, Σ) with fixed covariance: A = Σ⁻¹, so that the Fisher of the parameters is JᵀΣ⁻¹J.
 
@@ -89,7 +110,12 @@ class Gaussian(Likelihood):
             )
 
 
-_NAMED: dict[str, type[Likelihood]] = {"categorical": Categorical, "gaussian": Gaussian}
+_NAMED: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "categorical": Categorical,
+    "gaussian": Gaussian,
+    "poisson": Poisson,
+}
 
 
 def likelihood_of(likelihood: Any) -> Likelihood:
