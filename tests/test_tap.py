@@ -135,6 +135,33 @@ def test_sums_agree_with_the_product_of_jacobians(kind: str) -> None:
     torch.testing.assert_close(total.matrix(), expected, rtol=1e-11, atol=1e-11)
 
 
+class Mixed(nn.Module):
+    """Layers that compute in another precision than the parameters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.b(torch.tanh(self.a(x))).float()
+
+
+def test_mixed_precision_is_that_of_the_network() -> None:
+    torch.manual_seed(0)
+    geo, inputs = geoad.GeoModule(Mixed().float()), torch.randn(6, 4, dtype=torch.float32)
+    x, layout = geo.point().blocks, geo.reference.layout
+    f, found = block_jacobians(geo.evaluate, layout, x, inputs, plan_of(geo.evaluate, x, inputs[:1]))
+    value, jacobian = sample_jacobian(geo.evaluate, layout, x, inputs)
+    assert torch.equal(f, value)
+    dense = torch.cat([found[n].dense() if isinstance(found[n], Factored) else found[n] for n in layout], -1)  # pyright: ignore
+    assert dense.dtype == torch.float32
+    torch.testing.assert_close(dense, jacobian.reshape(dense.shape), rtol=2e-2, atol=2e-2)
+    matrix = geoad.curvature.Fisher(geo, inputs, representation="dense")(geo.point()).to_dense()
+    assert matrix.dtype == torch.float32
+    assert bool(matrix.isfinite().all())
+
+
 def test_a_parameter_that_is_looked_at_stays_covered_and_one_that_is_used_does_not() -> None:
     w, b, x = torch.randn(3, 4), torch.randn(3), torch.randn(2, 4)
     with Tap({id(w): "w", id(b): "b"}) as tap:

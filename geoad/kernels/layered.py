@@ -99,7 +99,7 @@ def layered_jacobian(outputs: Outputs, x: Blocks, inputs: Any, plan: Plan) -> tu
 
 def _of_use(name: str, use: AffineUse, a: Tensor, g: Tensor) -> BlockJacobian:
     """The Jacobian of one use from its inputs a (n, ..., in) and what came back, g (n, C, ..., out)."""
-    left, right = g.reshape(*g.shape[:2], -1, g.shape[-1]), a.reshape(a.shape[0], -1, a.shape[-1])
+    left, right = g.reshape(*g.shape[:2], -1, g.shape[-1]), a.to(g.dtype).reshape(a.shape[0], -1, a.shape[-1])
     if name == use.bias:
         right = torch.ones_like(right[..., :1])
     if right.shape[1] == 1:

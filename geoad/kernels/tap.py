@@ -89,7 +89,7 @@ class Tap(TorchFunctionMode):
             return out
         self.uses.append(AffineUse(w, b, tuple(out.shape)))
         self.inputs.append(input)
-        return out if self.zeros is None else out + self.zeros[len(self.uses) - 1]
+        return out if self.zeros is None else out + self.zeros[len(self.uses) - 1].to(out.dtype)
 
 
 def _getters(*names: str) -> set[Any]:
