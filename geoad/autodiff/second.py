@@ -13,7 +13,7 @@ from geoad.autodiff.inputs import as_point, plain_home
 from geoad.errors import VarianceError
 from geoad.fields.metric import FormField
 from geoad.fields.scalar import FunctionSource, ScalarField
-from geoad.tensors import Axis, Form, GeoTensor, HorizontalMetric, Metric, describe, require_same_place
+from geoad.tensors import Axis, Form, GeoTensor, InnerProduct, describe, require_same_place
 from geoad.tensors.rank2 import common_home
 
 __all__ = ["eigh", "hessian"]
@@ -62,9 +62,7 @@ def hessian(fn: Any, metric: FormField | None = None, argnums: int = 0, has_aux:
     return at
 
 
-def eigh(
-    form: Form, metric: Metric | HorizontalMetric, k: int | None = None, which: str = "largest"
-) -> tuple[Tensor, GeoTensor]:
+def eigh(form: Form, metric: InnerProduct, k: int | None = None, which: str = "largest") -> tuple[Tensor, GeoTensor]:
     """Eigenvalues of a symmetric form B with respect to a metric G, B u = λ G u, and a G-orthonormal frame of eigenvectors.
 
     Returns:
@@ -79,7 +77,7 @@ def eigh(
     >>> geoad.eigh(B, metric=G)[0]
     tensor([4.0000, 3.0000])
     """
-    if not isinstance(metric, (Metric, HorizontalMetric)):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(metric, InnerProduct):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise VarianceError(
             f"eigenvalues of a form need a metric, found {describe(metric)}. Without one they depend on the chart. Pass "
             "metric=G, the "

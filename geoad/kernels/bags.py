@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from geoad.kernels.spelled import FormulaMode
 
 __all__ = ["SpelledOutBags"]
 
 
-class SpelledOutBags(TorchFunctionMode):
+class SpelledOutBags(FormulaMode):
     """``functional.embedding_bag`` by ``embedding`` and a sum, a mean or a maximum.
 
     >>> import torch
@@ -23,11 +22,6 @@ class SpelledOutBags(TorchFunctionMode):
     tensor([[2., 3.],
             [2., 3.]])
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not functional.embedding_bag:
-            return func(*args, **(kwargs or {}))
-        return _embedding_bag(*args, **(kwargs or {}))
 
 
 def _embedding_bag(
@@ -69,3 +63,6 @@ def _embedding_bag(
     if mode == "sum":
         return total
     return total / rows.new_zeros(count, 1).index_add(0, bags, share).clamp_min(1)
+
+
+SpelledOutBags.formulas = {functional.embedding_bag: _embedding_bag}

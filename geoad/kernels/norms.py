@@ -9,16 +9,16 @@ of these layers instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from geoad.kernels import solves
+from geoad.kernels.spelled import FormulaMode
 
 __all__ = ["SpelledOut", "spelled_out"]
 
@@ -31,7 +31,7 @@ def spelled_out() -> AbstractContextManager[Any]:
     return SpelledOut() if level is not None and level > 1 else nullcontext()
 
 
-class SpelledOut(TorchFunctionMode):
+class SpelledOut(FormulaMode):
     """Layer, instance, batch and weight norm by their formulas; solves and determinants by those of `geoad.kernels.solves`.
 
     >>> import torch
@@ -42,11 +42,6 @@ class SpelledOut(TorchFunctionMode):
     >>> torch.allclose(f(x), spelled)
     True
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        formula = _FORMULAS.get(func)
-        result = None if formula is None else formula(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if result is None else result
 
 
 def _normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -111,7 +106,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm.reshape(g.shape))
 
 
-_FORMULAS: dict[Any, Callable[..., Tensor | None]] = {
+SpelledOut.formulas = {
     torch._weight_norm: _weight_norm,  # pyright: ignore
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,

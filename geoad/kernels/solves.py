@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from geoad.kernels.spelled import FormulaMode
 
 __all__ = ["FORMULAS", "SpelledOutSolves", "exact_solves", "slogdet", "solve"]
 
@@ -26,7 +27,7 @@ def exact_solves() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class SpelledOutSolves(TorchFunctionMode):
+class SpelledOutSolves(FormulaMode):
     """Functions of torch's that hold a solve or a determinant, by LU factors.
 
     >>> import torch
@@ -37,10 +38,6 @@ class SpelledOutSolves(TorchFunctionMode):
     ...     torch.func.jacfwd(torch.func.jacfwd(half))(torch.tensor(2.0))
     tensor(0.5000)
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        formula = FORMULAS.get(func)
-        return (func if formula is None else formula)(*args, **(kwargs or {}))
 
 
 def solve(A: Tensor, B: Tensor, *, left: bool = True, out: Tensor | None = None) -> Tensor:
@@ -108,3 +105,4 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.logdet: _logdet,
     torch.linalg.householder_product: _householder,
 }
+SpelledOutSolves.formulas = FORMULAS

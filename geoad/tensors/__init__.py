@@ -15,6 +15,7 @@ from geoad.tensors.forms import DualEndomorphism as DualEndomorphism
 from geoad.tensors.forms import Endomorphism as Endomorphism
 from geoad.tensors.forms import Form as Form
 from geoad.tensors.forms import HorizontalMetric as HorizontalMetric
+from geoad.tensors.forms import InnerProduct as InnerProduct
 from geoad.tensors.forms import Metric as Metric
 from geoad.tensors.forms import reference_metric as reference_metric
 from geoad.tensors.forms import seen_from as seen_from

@@ -14,7 +14,7 @@ from geoad.params import insert_axes, is_wrapped, map_blocks, scale
 from geoad.params import sub as sub_blocks
 from geoad.tensors.base import HANDLERS, TypedTensor, describe, is_scalar, plain_scalar, require_same_place
 from geoad.tensors.densities import Density, LogDensity
-from geoad.tensors.forms import Form, HorizontalMetric, Metric
+from geoad.tensors.forms import Form, HorizontalMetric, InnerProduct, Metric
 from geoad.tensors.general import GeoTensor, as_general, build
 from geoad.tensors.rank1 import Rank1, align
 from geoad.tensors.rank2 import Rank2, common_home
@@ -92,8 +92,7 @@ def _sum_rank2(a: Rank2, b: Rank2, sign: float) -> Any:
     home, x, y = common_home(a, b)
     if a.at.batch_shape and len(a.batch_shape) != len(b.batch_shape):
         return _sum_batches(a, b, sign)
-    metrics = (Metric, HorizontalMetric)
-    positive = isinstance(a, metrics) and isinstance(b, metrics) and sign > 0
+    positive = isinstance(a, InnerProduct) and isinstance(b, InnerProduct) and sign > 0
     definite = positive and (x.definite or y.definite)
     if sign < 0:
         y = ops.times(-1.0, y, positive=False)
@@ -144,7 +143,7 @@ def multiply(a: Any, b: Any) -> Any:
     if isinstance(a, Rank2):
         b = plain_scalar(b)
         positive = _is_positive(b)
-        cls = type(a) if positive or not isinstance(a, (Metric, HorizontalMetric)) else Form
+        cls = type(a) if positive or not isinstance(a, InnerProduct) else Form
         return cls(a.chart, ops.times(b, a.op, positive=positive), a.at, home=a.home, ups=a.ups)
     if isinstance(a, (Density, LogDensity)):
         return a.times(plain_scalar(b))

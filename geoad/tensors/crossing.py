@@ -21,7 +21,7 @@ from geoad.errors import VarianceError
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, is_wrapped
 from geoad.tensors.base import HANDLERS, describe, require_same_place
-from geoad.tensors.forms import DualEndomorphism, Endomorphism, Form, HorizontalMetric, Metric
+from geoad.tensors.forms import DualEndomorphism, Endomorphism, Form, HorizontalMetric, InnerProduct, Metric
 from geoad.tensors.moved import Moved
 from geoad.tensors.rank2 import Rank2
 
@@ -51,7 +51,7 @@ def _step(tensor: Rank2, phi: Reparametrization, along: bool) -> Rank2:
     if verdict == "if":
         moved = _verified(tensor, moved, there, phi, along)
     # a metric below an immersion may be semidefinite by now, as any Metric: its inverse is refused where there is none
-    metric = isinstance(tensor, (Metric, HorizontalMetric))
+    metric = isinstance(tensor, InnerProduct)
     cls = type(tensor) if not metric else Metric if along else Form
     return cls(end, moved, there, home=end, ups=tensor.ups)
 
@@ -62,7 +62,7 @@ def _leads_home(tensor: Rank2, phi: Reparametrization) -> bool:
 
 
 def _seen_class(tensor: Rank2, end: Chart) -> Any:
-    if isinstance(tensor, (Metric, HorizontalMetric)):
+    if isinstance(tensor, InnerProduct):
         return Metric if same_space(end, tensor.home) else HorizontalMetric
     return type(tensor)
 

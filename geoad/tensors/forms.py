@@ -20,7 +20,16 @@ from geoad.tensors.pairing import evaluate
 from geoad.tensors.rank1 import Covector, Rank1, Vector
 from geoad.tensors.rank2 import CLASSES, Rank2, for_batch
 
-__all__ = ["Cometric", "DualEndomorphism", "Endomorphism", "Form", "HorizontalMetric", "Metric", "reference_metric"]
+__all__ = [
+    "Cometric",
+    "DualEndomorphism",
+    "Endomorphism",
+    "Form",
+    "HorizontalMetric",
+    "InnerProduct",
+    "Metric",
+    "reference_metric",
+]
 
 
 class _Bilinear(Rank2):
@@ -147,24 +156,21 @@ class Form(_Bilinear):
         return form._like(ops.inverse(form.op, positive=isinstance(self, Metric)), cls=Cometric)
 
 
-class Metric(Form):
-    """A Riemannian metric at a point: a symmetric, positive (semi)definite `Form`. Type (0,2).
-
-    Fisher and Gauss-Newton metrics are often only semidefinite; `sharp` and `solve` then raise `SingularMetricError`.
-    """
+class InnerProduct(Form):
+    """What `Metric` and `HorizontalMetric` share: a symmetric form that measures vectors and turns them into covectors."""
 
     __slots__ = ()
 
     def flat(self, v: Vector) -> Covector:
-        """The covector G(v, ·)."""
+        """The covector G(v, ·); zero for a vertical v."""
         return self.mv(v)
 
     def sharp(self, w: Covector, damping: float | Tensor = 0.0) -> Vector:
-        """The vector G⁻¹ω: the gradient that belongs to the differential ω."""
+        """The vector G⁻¹ω: the gradient that belongs to the differential ω. Horizontal, in redundant coordinates."""
         return self.solve(w, damping)
 
     def norm(self, v: Rank1) -> Tensor:
-        """√G(v, v); for a covector √G⁻¹(ω, ω)."""
+        """√G(v, v), in redundant coordinates the length of the horizontal part; for a covector √G⁻¹(ω, ω)."""
         if isinstance(v, Covector):
             return v(self.sharp(v)).clamp_min(0).sqrt()
         return self(v, v).clamp_min(0).sqrt()
@@ -176,35 +182,25 @@ class Metric(Form):
         return (self.inverse() @ form).trace()
 
 
-class HorizontalMetric(Form):
-    r"""A metric seen in redundant coordinates ψ, :math:`J^\top G J` for a submersion π: ψ ↦ θ. Type (0,2).
+class Metric(InnerProduct):
+    """A Riemannian metric at a point: a symmetric, positive (semi)definite `Form`. Type (0,2).
 
-    It is semidefinite: vertical directions, along which the network does not change, have length 0. `sharp`, `solve` and
-    `norm` take place in the horizontal space, which π maps one to one to the tangent space of θ: ``G.sharp(w)`` is the
-    horizontal lift of G⁻¹ω, the solution with the least norm. Its determinant vanishes; see `geoad.quotient_logdet`.
+    Fisher and Gauss-Newton metrics are often only semidefinite; `sharp` and `solve` then raise `SingularMetricError`.
     """
 
     __slots__ = ()
 
-    def flat(self, v: Vector) -> Covector:
-        """The covector G(v, ·); zero for vertical v."""
-        return self.mv(v)
 
-    def sharp(self, w: Covector, damping: float | Tensor = 0.0) -> Vector:
-        """The horizontal vector v with G(v, ·) = ω, for a basic ω."""
-        return self.solve(w, damping)
+class HorizontalMetric(InnerProduct):
+    r"""A metric seen in redundant coordinates ψ, :math:`J^\top G J` for a submersion π: ψ ↦ θ. Type (0,2).
 
-    def norm(self, v: Rank1) -> Tensor:
-        """√G(v, v), the length of the horizontal part of v; for a basic covector √G⁻¹(ω, ω)."""
-        if isinstance(v, Covector):
-            return v(self.sharp(v)).clamp_min(0).sqrt()
-        return self(v, v).clamp_min(0).sqrt()
+    It is semidefinite: vertical directions, along which the network does not change, have length 0. `sharp`, `solve`,
+    `norm` and `trace` take place in the horizontal space, which π maps one to one to the tangent space of θ:
+    ``G.sharp(w)`` is the horizontal lift of G⁻¹ω for a basic ω, the solution with the least norm. Its determinant vanishes;
+    see `geoad.quotient_logdet`.
+    """
 
-    def trace(self, form: Any = None, *_: Any) -> Tensor:
-        """tr G⁻¹B of a basic form B: the trace over the horizontal space."""
-        if not isinstance(form, Form):
-            raise self._no_metric("the trace")
-        return (self.inverse() @ form).trace()
+    __slots__ = ()
 
 
 class Cometric(_Bilinear):
