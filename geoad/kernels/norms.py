@@ -18,17 +18,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from geoad.kernels import solves
-from geoad.kernels.spelled import FormulaMode
+from geoad.kernels.spelled import FormulaMode, depth
 
 __all__ = ["SpelledOut", "spelled_out"]
 
 
 def spelled_out() -> AbstractContextManager[Any]:
     """`SpelledOut` under two or more ``torch.func`` transforms (or the compiler, where they are not seen), else nothing."""
-    if torch.compiler.is_compiling():
-        return SpelledOut()
-    level: int | None = torch._C._functorch.maybe_current_level()  # pyright: ignore
-    return SpelledOut() if level is not None and level > 1 else nullcontext()
+    return SpelledOut() if depth() > 1 else nullcontext()
 
 
 class SpelledOut(FormulaMode):

@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoad.kernels.spelled import FormulaMode
+from geoad.kernels.spelled import FormulaMode, depth
 
 __all__ = ["FORMULAS", "SpelledOutSolves", "exact_solves", "slogdet", "solve"]
 
 
 def exact_solves() -> AbstractContextManager[Any]:
     """`SpelledOutSolves` under a ``torch.func`` transform (or the compiler, where they are not seen), else nothing."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
-        return SpelledOutSolves()
-    return nullcontext()
+    return SpelledOutSolves() if depth() > 0 else nullcontext()
 
 
 class SpelledOutSolves(FormulaMode):

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FormulaMode"]
+__all__ = ["FormulaMode", "depth"]
+
+
+def depth() -> float:
+    """How many ``torch.func`` transforms are active; infinite in the compiler, where they are not seen."""
+    if torch.compiler.is_compiling():
+        return float("inf")
+    level: int | None = torch._C._functorch.maybe_current_level()  # pyright: ignore
+    return 0 if level is None else level
 
 
 class FormulaMode(TorchFunctionMode):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from geoad.errors import GeometryError
 from geoad.kernels.norms import SpelledOut
-from geoad.kernels.solves import exact_solves, slogdet, solve
+from geoad.kernels.solves import slogdet, solve
+from geoad.kernels.spelled import depth
 from geoad.maps.base import Map, need
 from geoad.maps.bijection_check import derivative
 from geoad.maps.elementwise import Elementwise
@@ -91,7 +92,7 @@ class Making(nn.Module):
     def make(self, parts: dict[str, Tensor]) -> Tensor:
         """θ = f(ψ), where second derivatives are asked for without torch's weight norm, solves and reflections."""
         like = next(iter(parts.values()))
-        with exact_solves() as mode, SpelledOut() if mode else nullcontext():
+        with SpelledOut() if depth() > 0 else nullcontext():
             return self.hosted.run(lambda modules: modules(), like, self.values(parts))
 
     def undo(self, x: Tensor) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ __all__ = [
     "InnerProduct",
     "Metric",
     "reference_metric",
+    "seen_from",
 ]
 
 
