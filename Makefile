@@ -5,15 +5,17 @@
 #   make lint       ruff;  make format rewrites the files
 #   make types      pyright
 #   make docs-test  the doctests and the code blocks only
-#   make bench      the scripts in benchmarks/
+#   make bench      benchmarks/run.py: curvature matrices, against the libraries that `make rivals` installed
+#   make bench-core benchmarks/core.py: what types and charts cost
+#   make rivals     other libraries, in an environment of their own
 #   make venv       the set-up only
 #   make clean      remove .venv and everything built
 #
 # Variables: WORKERS=2 (test processes), ARGS="-k maps" (more arguments for pytest, the demo or a benchmark),
-# VENV=.venv, PYTHON3=/path/to/python (instead of looking for one).
+# VENV=.venv, RIVALS=.venv/rivals, PYTHON3=/path/to/python (instead of looking for one).
 
 .DEFAULT_GOAL := test
-.PHONY: venv test demo lint format types docs-test bench clean
+.PHONY: venv test demo lint format types docs-test bench bench-core rivals clean
 
 VENV ?= .venv
 WORKERS ?= 2
@@ -23,6 +25,7 @@ PYTHON3 ?=
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.set-up
+RIVALS ?= $(VENV)/rivals
 
 venv: $(STAMP)
 
@@ -68,9 +71,17 @@ types: $(STAMP)
 	$(PYTHON) -m pyright --project pyproject.toml
 
 bench: $(STAMP)
-	@scripts=$$(grep -ls '__name__ == "__main__"' benchmarks/*.py); \
-	if [ -z "$$scripts" ]; then echo "there is no script in benchmarks/" >&2; exit 1; fi; \
-	for script in $$scripts; do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
+	$(or $(wildcard $(RIVALS)/bin/python),$(PYTHON)) benchmarks/run.py $(ARGS)
+
+bench-core: $(STAMP)
+	$(PYTHON) benchmarks/core.py $(ARGS)
+
+rivals: $(STAMP)
+	$(PYTHON) -m venv --clear $(RIVALS)
+	$(RIVALS)/bin/pip install --quiet --no-input -r requirements/torch.txt
+	$(RIVALS)/bin/pip install --quiet --no-input -r requirements/dev.txt
+	$(RIVALS)/bin/pip install --quiet --no-input --no-deps -r benchmarks/rivals.txt
+	$(RIVALS)/bin/pip install --quiet --no-input --no-deps --no-build-isolation --editable .
 
 clean:
 	rm -rf $(VENV) build dist demo_out demo*.png .pytest_cache .ruff_cache .hypothesis *.egg-info

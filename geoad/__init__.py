@@ -33,6 +33,7 @@ from geoad.connection import covariant_derivative as covariant_derivative
 from geoad.connection import flow as flow
 from geoad.connection import geodesic as geodesic
 from geoad.connection import parallel_transport as parallel_transport
+from geoad.curvature import per_sample_grads as per_sample_grads
 from geoad.errors import BasePointError as BasePointError
 from geoad.errors import ChartDomainError as ChartDomainError
 from geoad.errors import ChartMismatchError as ChartMismatchError

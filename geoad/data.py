@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoad.errors import GeometryError
+from geoad.kernels.spread import Exchange
+from geoad.kernels.stamps import Same, depend
 
 __all__ = ["Batches", "batch_size", "require_match", "split_batch", "take", "without_targets"]
 
@@ -23,9 +25,20 @@ class Batches:
     any other iterable that can be started again. One-shot iterators are refused, for a derivative goes through the data more
     than once. A list ``[x, y]``, as a ``DataLoader`` yields it, is one batch if x and y differ in dtype or in the shape of a
     sample, and two batches of inputs otherwise.
+
+    Attributes:
+        exchange: where the sums over the batches are completed, if other processes have batches too; see `geoad.distributed`.
     """
 
+    exchange: Exchange | None = None
+
     def __init__(self, data: Any) -> None:
+        if isinstance(data, Batches) and data.exchange is not None:
+            raise GeometryError(
+                f"the data are a {type(data).__name__}, shared out among processes, and what they were passed to computes from "
+                "the data of one process alone: it would be wrong in silence. Sharded data go into geo.loss, the fields of "
+                "geoad.curvature and geoad.ntk(...).blocks; here pass plain data."
+            )
         if isinstance(data, Iterator):
             raise GeometryError(
                 f"the data are a one-shot iterator ({type(data).__name__}): the first derivative would use it up and the next "
@@ -48,6 +61,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         """The batches as (inputs, targets)."""
+        depend(self)
         for batch in self._source:
             yield split_batch(batch)
 
@@ -77,6 +91,15 @@ class Batches:
             )
 
     @property
+    def lasting(self) -> bool:
+        """The batches are the same tensors in every pass; a loader makes them anew, perhaps in another order."""
+        return isinstance(self._source, Sequence)
+
+    def stamp(self) -> Hashable:
+        """Which tensors the batches are, where they last."""
+        return tuple(Same(each) for batch in self._source for each in _tensors(batch)) if self.lasting else Same(self._source)
+
+    @property
     def total(self) -> int:
         """The number of samples; counted once."""
         if self._total is None:
@@ -84,6 +107,19 @@ class Batches:
                 pass
         assert self._total is not None
         return self._total
+
+    @property
+    def own(self) -> int:
+        """The number of samples in this process."""
+        return self.total
+
+    def number(self, batch: int) -> int:
+        """A number for a batch of this process, which no other has: the place of the batch in the data, where it has one."""
+        return batch
+
+    def described(self) -> str:
+        """What must be the same in all processes."""
+        return f"{self.total} samples"
 
 
 def _is_batch(data: Any) -> bool:

@@ -150,3 +150,42 @@ def test_flow_as_chart(hidden: bool, capsys: pytest.CaptureFixture[str], monkeyp
     assert sum("True" in line for line in lines) == 3 and "False" not in "".join(lines)
     straight, bent = (numbers(line)[-1] for line in lines[-2:])
     assert bent > straight + 1 or hidden
+
+
+def test_curvature_digits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["curvature_digits.py"])
+    lines = run("curvature_digits", capsys).splitlines()
+    rows = {
+        line.split()[0]: numbers(line.split(maxsplit=1)[1])
+        for line in lines
+        if line[:1].isalpha() and ("e-" in line or "e+" in line)
+    }
+    for exact in ("dense", "low_rank", "implicit"):
+        assert max(rows[exact][:3]) < 1e-9
+    for name in ("block_diagonal", "ekfac", "quasi_diagonal", "diagonal"):
+        assert rows[name][0] < 1e-12
+        assert rows[name][1] > 1e-3
+    assert rows["kfac"][0] > 1e-4
+    assert all(row[3] < 1e-9 for row in rows.values())
+    assert rows["kfac"][4] < rows["block_diagonal"][4] < rows["dense"][4]
+
+
+def test_ntk_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    lines = run("ntk_digits", capsys).splitlines()
+    assert "conv: convolution, linear: affine" in lines
+    moved, naive = numbers(next(line for line in lines if line.startswith("from psi")))
+    assert moved < 1e-4 and naive > 0.5
+    exact, estimate, error = numbers(next(line for line in lines if line.startswith("effective rank")))
+    assert abs(exact - estimate) < 6 * error
+    assert all(numbers(line)[0] > 0.8 for line in lines if line.startswith("kernel classification"))
+    steps = [numbers(line) for line in lines if line.startswith("step")]
+    assert len(steps) == 4 and steps[-1][1] > 2 * steps[0][1] and steps[-1][2] < steps[0][2] == 1
+
+
+def test_linearized_network(capsys: pytest.CaptureFixture[str]) -> None:
+    *widths, last = run("linearized_network", capsys).splitlines()
+    apart = [numbers(line)[-2] for line in widths]
+    assert apart == sorted(apart, reverse=True) and apart[0] > 5 * apart[-1]  # wide networks stay in their tangent
+    assert all(numbers(line)[-1] < 1e-10 for line in widths)
+    assert numbers(last)[-1] < 1e-10

@@ -29,23 +29,26 @@ FLOORS: list[tuple[str, ...]] = [
     ("operators",),
     ("transport",),
     ("tensors",),
-    ("data", "distributed"),
+    ("data",),
+    ("distributed",),
     ("fields",),
     ("metrics",),
     ("atlases",),
     ("connection",),
     ("autodiff",),
-    ("curvature",),
     ("module",),
-    ("optim", "density"),
+    ("curvature",),
+    ("optim", "density", "tangent"),
+    ("function_space",),
     ("sharpness", "laplace"),
     ("testing", "plotting"),
+    ("plotting_kernels",),
     ("cli", "__main__"),
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 
 OPTIONAL = {"hypothesis", "matplotlib", "scipy", "sklearn", "torchdiffeq", "tqdm", "zuko"}
-MAY_NEED_EXTRAS = {"testing", "plotting"}
+MAY_NEED_EXTRAS = {"testing", "plotting", "plotting_kernels"}
 LONGEST_FILE = 420
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
 from geoad import operators as ops
 from geoad.charts import Point, flat_reference, same_manifold, station
 from geoad.connection.products import contracted
@@ -9,37 +15,59 @@ from geoad.errors import ChartMismatchError, VarianceError
 from geoad.fields.metric import FormField, over_points, require_connection
 from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels import derivatives
+from geoad.kernels.linear import Repeated
 from geoad.metrics import Euclidean
-from geoad.params import Blocks, sub
+from geoad.params import Blocks, scale
 from geoad.tensors import Covector, Form, Metric, seen_from
 
 __all__ = ["FieldHessian", "HessianOperator", "RiemannianHessianOperator"]
 
 
+def _terms(field: ScalarField, x: Blocks) -> Iterator[Callable[[Blocks], Blocks]]:
+    """The linear functions v ↦ ∂²L v at a point, one for each part of the function."""
+    for part in field.parts():
+        yield functools.partial(derivatives.hessian_product, [part], x)
+
+
 class HessianOperator(ops.Implicit):
-    """∂²L at a point, in a chart where the connection vanishes."""
+    """∂²L at a point, in a chart where the connection vanishes.
+
+    What the products share is kept from the second one on, see `geoad.kernels.linear.Repeated`, as far as
+    ``products.max_memory`` bytes reach.
+    """
 
     def __init__(self, field: ScalarField, x: Blocks) -> None:
         super().__init__(field.home.layout, x, symmetric=True)
         self.field = field
+        self.products = Repeated(functools.partial(_terms, field, x))
 
     def mv(self, v: Blocks) -> Blocks:
-        return derivatives.hessian_product(self.field.parts(), self.x, v)
+        return self.products.batched(v, len(self.layout.batch_shape(v)))
 
 
-class RiemannianHessianOperator(ops.Implicit):
+class RiemannianHessianOperator(HessianOperator):
     """∂²L - Γ·dL at a point, with the Levi-Civita connection of a metric field, in the home chart of that field.
 
     With w = G⁻¹dL held fixed: H v = ∂²L v - w^k Γ_{k;ij} v^i.
     """
 
     def __init__(self, field: ScalarField, metric: FormField, x: Blocks, w: Blocks) -> None:
-        super().__init__(field.home.layout, x, symmetric=True)
-        self.field, self.metric, self.w = field, metric, w
+        super().__init__(field, x)
+        self.metric, self.w = metric, w
+        self.products = Repeated(functools.partial(_riemannian_terms, field, metric, x, w))
 
-    def mv(self, v: Blocks) -> Blocks:
-        flat = derivatives.hessian_product(self.field.parts(), self.x, v)
-        return sub(flat, contracted(self.metric, self.x, v, self.w))
+
+def _riemannian_terms(field: ScalarField, metric: FormField, x: Blocks, w: Blocks) -> Iterator[Callable[[Blocks], Blocks]]:
+    yield from _terms(field, x)
+    yield lambda v: scale(-1.0, contracted(metric, x, v, w))
+
+
+@ops.to_dense.register
+def _(operator: HessianOperator) -> Tensor:
+    layout, like = operator.layout, operator.like
+    eye = torch.eye(layout.dim, dtype=like.dtype, device=like.device)
+    matrix = layout.ravel(operator.mv(layout.unravel(eye)))
+    return 0.5 * (matrix + matrix.mT)
 
 
 class FieldHessian:

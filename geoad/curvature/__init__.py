@@ -1,9 +1,31 @@
 """Curvature matrices of networks as metric fields."""
 
+from geoad.curvature.average import running_average as running_average
 from geoad.curvature.fisher import Fisher as Fisher
+from geoad.curvature.ggn import GGN as GGN
+from geoad.curvature.hessian import Hessian as Hessian
+from geoad.curvature.impose import impose as impose
 from geoad.curvature.likelihoods import Bernoulli as Bernoulli
 from geoad.curvature.likelihoods import Categorical as Categorical
+from geoad.curvature.likelihoods import Family as Family
 from geoad.curvature.likelihoods import Gaussian as Gaussian
 from geoad.curvature.likelihoods import Likelihood as Likelihood
+from geoad.curvature.likelihoods import Loss as Loss
+from geoad.curvature.likelihoods import OutputMatrix as OutputMatrix
 from geoad.curvature.likelihoods import Poisson as Poisson
+from geoad.curvature.likelihoods import likelihood_of as likelihood_of
+from geoad.curvature.per_sample import per_sample_grads as per_sample_grads
 from geoad.curvature.pullback import OutputCurvature as OutputCurvature
+from geoad.curvature.representations import EKFAC as EKFAC
+from geoad.curvature.representations import KFAC as KFAC
+from geoad.curvature.representations import BlockDiagonal as BlockDiagonal
+from geoad.curvature.representations import Dense as Dense
+from geoad.curvature.representations import Diagonal as Diagonal
+from geoad.curvature.representations import Implicit as Implicit
+from geoad.curvature.representations import LowRank as LowRank
+from geoad.curvature.representations import Mixed as Mixed
+from geoad.curvature.representations import QuasiDiagonal as QuasiDiagonal
+from geoad.curvature.resume import resumable as resumable
+from geoad.curvature.selection import Difference as Difference
+from geoad.curvature.selection import Subset as Subset
+from geoad.curvature.selection import selecting as selecting

@@ -1,152 +1,224 @@
-"""The Fisher information of a network."""
+"""The Fisher information of a network: exact, by sampled labels, or at the labels of the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from geoad import operators as ops
 from geoad.charts import Chart
+from geoad.curvature.build import build, less_mean
 from geoad.curvature.likelihoods import Likelihood, likelihood_of
-from geoad.curvature.pullback import OutputCurvature, Part
-from geoad.data import Batches, take
+from geoad.curvature.network import NetworkCurvature
+from geoad.curvature.pullback import CurvatureOperator, Part
+from geoad.curvature.representations import Implicit
+from geoad.curvature.selection import selecting
+from geoad.curvature.sweep import Seeds
 from geoad.errors import GeometryError
-from geoad.kernels.gram import GramSum, memory_of_a_sample
-from geoad.kernels.layered import block_jacobians, plan_of
-from geoad.params import Blocks, is_wrapped
+from geoad.kernels import products
+from geoad.params import Blocks, axpy, is_wrapped, scale
 
 if TYPE_CHECKING:
     from geoad.module import GeoModule
 
 __all__ = ["Fisher"]
 
+_KINDS = ("exact", "mc", "empirical", "covariance")
 
-class Fisher(OutputCurvature):
-    r"""The exact (type-2) Fisher metric :math:`\frac1N \sum_n J_n^\top A(f_n) J_n`, a metric field.
 
-    A(f) is the Fisher matrix of the likelihood in its output parameters, so no labels are used. For the likelihoods here, whose
-    outputs are natural parameters (or the mean of a Gaussian), it equals the generalised Gauss-Newton matrix of -log p.
+class Fisher(NetworkCurvature):
+    r"""The Fisher metric :math:`\frac1N \sum_n J_n^\top A(f_n) J_n` of a network with outputs f, a metric field.
+
+    =============  ================================================================================================
+    kind           A
+    =============  ================================================================================================
+    "exact"        :math:`E_{y \sim p(y|f)} [s\, s^\top]`, with the score :math:`s = \nabla_f \log p(y|f)`, in closed form
+    "mc"           the mean of :math:`s\, s^\top` over `samples` labels drawn from p(y|f) (type 1): unbiased
+    "empirical"    :math:`s\, s^\top` at the labels of the data: the second moment of the gradients
+    "covariance"   the same, less the square of the mean gradient: the covariance of the gradients
+    =============  ================================================================================================
+
+    For likelihoods whose outputs are natural parameters (or the mean of a Gaussian) the exact Fisher equals the generalised
+    Gauss-Newton matrix of -log p. "empirical" and "covariance" are not approximations of it (Kunstner et al. 2019).
 
     Args:
         geo: the network.
-        data: (x, y), x alone as a tensor, a mapping, a list of batches or a ``DataLoader``; targets are ignored.
-        likelihood: "categorical" (logits), "bernoulli" (logits), "poisson" (log-rates), "gaussian" (mean, unit covariance), or
-            a `Likelihood` such as ``Gaussian(covariance)``, also one of your own.
-        kind: "exact".
-        chart: where the numbers are computed; the exact Fisher is the same object for every choice. Default: the reference
-            chart.
-        representation: "implicit" (matrix-free: one jvp and one vjp a product) or "dense".
+        data: (x, y), x alone as a tensor, a mapping, a list of batches or a ``DataLoader``; the kinds "exact" and "mc" ignore
+            the targets.
+        likelihood: "categorical" (logits), "bernoulli" (logits), "poisson" (log-rates), "gaussian" (mean, unit covariance), a
+            `Likelihood` such as ``Gaussian(covariance)``, or one of your own.
+        kind: see above.
+        chart: where structure is imposed. The exact matrix ("dense", "implicit", "low_rank") is the same object for every
+            choice; "the KFAC of θ seen in ψ" and "a KFAC built in ψ" differ. Default: the reference chart.
+        representation: "implicit" (matrix-free), "dense", "block_diagonal", "diagonal", "quasi_diagonal", "kfac", "ekfac",
+            "low_rank", an object with options such as ``KFAC(sharing="reduce")``, or a mapping from patterns of block names to
+            these for a mix.
         reduction: "mean" or "sum" over the samples. The mean goes with ``F.cross_entropy`` (factor 1) and with ``F.mse_loss``
             (its Hessian is 2/c times the Gaussian Fisher with unit covariance).
+        samples: labels drawn for each sample ("mc").
+        generator: where the labels come from ("mc"). It is asked once, for a seed: the field is one function of the point, the
+            same at every call and in every chart, until `resample`.
+        outputs: which function of the network's outputs parametrises the likelihood: indices of classes, or a callable.
+        max_memory: bytes that intermediate results may take; more than one sample at a time does not go beyond.
+        progress: show a progress bar over the samples (needs tqdm).
 
     It is semidefinite: ``sharp`` and ``solve`` raise `SingularMetricError` unless it is damped, e.g.
-    ``Fisher(...) + 1e-3 * Euclidean(geo.reference)``.
+    ``Fisher(...) + 1e-3 * Euclidean(geo.reference)``, exactly and in the structure of the representation.
 
     >>> import torch, geoad
     >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
     >>> F = geoad.curvature.Fisher(geo, torch.randn(5, 2), "categorical")
     >>> F(geo.point())
     Metric('theta', dim=9, curvatureoperator, float32, cpu)
+    >>> geoad.curvature.Fisher(geo, torch.randn(5, 2), representation="kfac")(geo.point())
+    Metric('theta', dim=9, blockdiagonal, float32, cpu)
     """
 
     def __init__(
         self,
         geo: GeoModule,
         data: Any,
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | Callable[..., Tensor] = "categorical",
         kind: str = "exact",
         chart: Chart | None = None,
-        representation: str = "implicit",
+        representation: Any = "implicit",
         reduction: str = "mean",
+        *,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+        outputs: Any = None,
         max_memory: int = 1 << 28,
+        progress: bool = False,
     ) -> None:
-        _require("kind", kind, ("exact",))
-        _require("representation", representation, ("implicit", "dense"))
-        _require("reduction", reduction, ("mean", "sum"))
-        if not callable(getattr(geo, "evaluate", None)):
+        if kind not in _KINDS:
             raise GeometryError(
-                f"a Fisher matrix belongs to a network, found {type(geo).__name__}. Pass the geoad.GeoModule; bare networks "
-                "have no chart."
+                f"kind={kind!r} is not offered for the Fisher matrix. Available: {list(_KINDS)}. Choose one of these; nothing "
+                "is replaced by an approximation in silence."
             )
-        super().__init__(chart or geo.reference, representation)
-        if self.home.reference != geo.reference:
+        if samples < 1:
+            raise GeometryError(f"samples={samples}: a mean over no labels is undefined. Draw at least one for each sample.")
+        super().__init__(
+            geo,
+            data,
+            likelihood_of(likelihood),
+            outputs=None if outputs is None else selecting(outputs),
+            chart=chart,
+            representation=representation,
+            reduction=reduction,
+            max_memory=max_memory,
+            progress=progress,
+        )
+        self.kind, self.samples, self.generator = kind, samples, generator
+        self.hessian_type = kind == "exact" and self.likelihood.hessian_type
+        self.needs_outputs = kind == "mc"
+        self.drawn: list[Tensor] | None = None
+        self.resample()
+
+    def resample(self) -> None:
+        """Draw other labels from now on ("mc")."""
+        self.seed = int(torch.randint(1 << 62, (), generator=self.generator)) if self.kind == "mc" else 0
+        if self.exchange is not None:  # the seed of the first process
+            self.seed = self.exchange.gathered(self.seed)[0]
+
+    # -- A -------------------------------------------------------------------------------------------------------------------
+
+    def labels(self, outputs: Tensor, targets: Any, batch: int) -> Any:
+        """None, the targets, or labels drawn from p(y|f) as (n, samples, ...)."""
+        if self.kind == "exact":
+            return None
+        if self.kind == "mc":
+            if self.drawn is not None:
+                return self.drawn[batch]
+            source = torch.Generator(outputs.device).manual_seed((self.seed + self.batches.number(batch)) % (1 << 63))
+            return torch.stack([self.likelihood.sample(outputs, source) for _ in range(self.samples)], 1)
+        if targets is None:
             raise GeometryError(
-                f"chart= must be a chart of the network's manifold, found '{self.home.name}'. Use geo.reference or a chart "
-                "made from it by reparametrize."
+                f"Fisher(kind={self.kind!r}) needs the labels of the data, found none. Pass data=(x, y); kind='exact' and "
+                "kind='mc' need none."
             )
-        self.geo = geo
-        self.batches = Batches(data)
-        self.likelihood = likelihood_of(likelihood)
-        self.hessian_type = self.likelihood.hessian_type
-        self.reduction = reduction
-        self.max_memory = max_memory
+        return targets
 
-    def curvature(self, outputs: Tensor, t: Tensor) -> Tensor:
-        return self.likelihood.fisher(outputs, t)
+    def _scores(self, outputs: Tensor, labels: Any) -> Tensor:
+        """The scores (m, *outputs.shape), one for each label of a sample."""
+        if self.kind == "mc":
+            return torch.stack([self.likelihood.score(outputs, y) for y in labels.unbind(1)])
+        self.likelihood.check_targets(outputs, labels)
+        return self.likelihood.score(outputs, labels).unsqueeze(0)
 
-    def _outputs(self, theta: Blocks, inputs: Any) -> Tensor:
-        outputs: Any = self.geo.evaluate(theta, inputs)
-        if not isinstance(outputs, Tensor):
-            raise GeometryError(
-                f"the likelihood needs the outputs as one tensor (n, ..., c), the network returned {type(outputs).__name__}. "
-                "Say which part parametrises the likelihood: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
+    def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
+        if self.kind == "exact":
+            return self.likelihood.root(outputs), None
+        scores = self._scores(outputs, labels)
+        return scores / len(scores) ** 0.5, None
+
+    def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
+        if self.kind == "exact":
+            return self.likelihood.fisher(outputs, t)
+        scores = self._scores(outputs, labels)
+        along = (scores * t).flatten(2).sum(-1)
+        along = along.reshape(*along.shape, *[1] * (outputs.ndim - 1))
+        return (scores * along).mean(0)
+
+    # -- values --------------------------------------------------------------------------------------------------------------
+
+    def operator(self, x: Blocks) -> ops.LinearOperator:
+        if isinstance(self.structure, Implicit):
+            self.agree(x)
+            field = self._with_labels(x)
+            return field._less_mean(x, CurvatureOperator(field, x))
+        return self._less_mean(x, build(self, x, self.structure))
+
+    def product(self, x: Blocks, v: Blocks) -> Blocks:
+        if self.kind in ("mc", "covariance"):
+            if is_wrapped(x):
+                raise GeometryError(
+                    f"a derivative of the field Fisher(kind={self.kind!r}) was asked for (a connection, a geodesic), which it "
+                    "does not offer. Use kind='exact'."
+                )
+            return self.operator(x).mv(v)
+        return super().product(x, v)
+
+    def _with_labels(self, x: Blocks) -> Fisher:
+        """The field with the labels that are drawn at `x`."""
+        if self.kind != "mc":
+            return self
+        twin = copy.copy(self)
+        twin.drawn = [batch.labels for batch in self.swept(x)]
+        return twin
+
+    def _less_mean(self, x: Blocks, op: ops.LinearOperator) -> ops.LinearOperator:
+        return op if self.kind != "covariance" else less_mean(op, self._mean_score(x), self.batches.total * self.weight)
+
+    def _mean_score(self, x: Blocks) -> Blocks:
+        """The mean over the samples of ∇ log p."""
+        return self.shared("mean gradient", self._own_mean_score, x)
+
+    def _own_mean_score(self, x: Blocks) -> Blocks:
+        """The share of this process in it."""
+        total: Blocks | None = None
+        for outputs, score in self._score_parts():
+            f, pull = products.vjp(outputs, x)
+            term = scale(1 / self.batches.total, pull(score(f)))
+            total = term if total is None else axpy(1.0, total, term)
+        assert total is not None
+        return total
+
+    def _score_parts(self) -> Iterable[tuple[Callable[[Blocks], Tensor], Callable[[Tensor], Tensor]]]:
+        for i, (_, inputs, targets) in enumerate(self.batches.sized()):
+            labels = self.labels(torch.empty(0), targets, i)
+            yield (
+                lambda x, inputs=inputs: self.outputs(x, inputs),
+                lambda f, labels=labels: self._scores(f, labels)[0],
             )
-        self.likelihood.check(outputs)
-        return outputs
-
-    def inspect(self, outputs: Tensor, x: Blocks) -> None:
-        """Refuse outputs that are not finite, where values can be read."""
-        if not is_wrapped({"outputs": outputs}) and not bool(outputs.isfinite().all()):
-            raise GeometryError(_not_finite(outputs, x))
-
-    def _weight(self) -> float:
-        return 1 / self.batches.total if self.reduction == "mean" else 1.0
 
     def reference_parts(self) -> Iterable[Part]:
-        weight = self._weight()
-        for _, inputs, _ in self.batches.sized():
-            yield weight, lambda theta, inputs=inputs: self._outputs(theta, inputs)
-
-    def dense(self, x: Blocks) -> Tensor:
-        layout, way = self.home.layout, self.way
-        weight = self._weight()
-
-        def outputs(y: Blocks, inputs: Any) -> Tensor:
-            return self._outputs(y if way is None else way(y), inputs)
-
-        total = GramSum(layout)
-        for size, inputs, _ in self.batches.sized():
-            plan = plan_of(outputs, x, take(inputs, slice(0, 1)))
-            start, step = 0, 1
-            while start < size:
-                f, jacobians = block_jacobians(outputs, layout, x, take(inputs, slice(start, start + step)), plan)
-                self.inspect(f, x)
-                total.add(jacobians, lambda t, f=f: weight * self._curved(f, t))
-                start += step
-                each = memory_of_a_sample(jacobians) * f.element_size()
-                step = max(1, min(512, self.max_memory // (2 * each)))
-        return total.matrix()
-
-    def _curved(self, outputs: Tensor, t: Tensor) -> Tensor:
-        """A(f) on the output axis of t (n, C, k), where the outputs (n, ..., c) have C numbers a sample."""
-        columns = t.reshape(*outputs.shape, t.shape[-1])
-        return torch.func.vmap(self.curvature, in_dims=(None, -1), out_dims=-1)(outputs, columns).reshape(t.shape)
-
-
-def _not_finite(outputs: Tensor, x: Blocks) -> str:
-    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
-    cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
-    return (
-        f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not finite "
-        f"({cause}). A Fisher matrix there would be nan throughout; mend the data or go back to a finite point."
-    )
-
-
-def _require(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise GeometryError(
-            f"{name}={value!r} is not offered for the Fisher matrix. Available: {list(known)}. Choose one of these; nothing is "
-            "replaced by an approximation in silence."
-        )
+        if self.kind == "mc" and self.drawn is None:
+            raise GeometryError(
+                "the labels of a Monte-Carlo Fisher are drawn where it is evaluated; this calculation needs it as a function "
+                "of the point. Use kind='exact'."
+            )
+        return super().reference_parts()

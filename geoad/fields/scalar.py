@@ -62,7 +62,10 @@ class _Moved:
 
     def parts(self) -> Iterable[Part]:
         for coefficient, fn in self.source.parts():
-            yield coefficient, lambda x, fn=fn: fn(self.transition(x))
+            if isinstance(fn, derivatives.Shared):
+                yield coefficient, fn.after(self.transition)
+            else:
+                yield coefficient, lambda x, fn=fn: fn(self.transition(x))
 
 
 class _Linear:

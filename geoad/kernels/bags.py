@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from geoad.kernels.spelled import FormulaMode
 
-__all__ = ["SpelledOutBags"]
+__all__ = ["SpelledOutBags", "SpelledOutPadding"]
 
 
 class SpelledOutBags(FormulaMode):
@@ -65,4 +65,37 @@ def _embedding_bag(
     return total / rows.new_zeros(count, 1).index_add(0, bags, share).clamp_min(1)
 
 
+class SpelledOutPadding(FormulaMode):
+    """``functional.embedding`` with no derivative at `padding_idx`.
+
+    In a derivative of ``vmap`` over tables and tokens, torch 2.13 has that for the first table only.
+
+    >>> import torch
+    >>> from geoad.kernels.bags import SpelledOutPadding
+    >>> tokens, tables = torch.tensor([[0, 1], [1, 2]]), torch.zeros(2, 3, 1)
+    >>> def f(table, tokens):
+    ...     return torch.nn.functional.embedding(tokens, table, padding_idx=1).sum()
+    >>> with SpelledOutPadding():
+    ...     torch.func.grad(lambda w: torch.func.vmap(f)(w, tokens).sum())(tables).squeeze(-1)
+    tensor([[1., 0., 0.],
+            [0., 0., 1.]])
+    """
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    if padding_idx is None or max_norm is not None:
+        return None
+    rows = functional.embedding(input, weight, None, None, norm_type, scale_grad_by_freq, sparse)
+    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), rows.detach(), rows)
+
+
+SpelledOutPadding.formulas = {functional.embedding: _embedding}
 SpelledOutBags.formulas = {functional.embedding_bag: _embedding_bag}

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from geoad.errors import GeometryError
-from geoad.kernels import products
+from geoad.kernels import products, spread
 from geoad.params import Blocks, axpy, scale
 
-__all__ = ["Part", "gradient", "hessian_product", "require_scalar", "value", "value_and_gradient"]
+__all__ = ["Part", "Shared", "gradient", "hessian_product", "require_scalar", "value", "value_and_gradient"]
 
 Part = tuple[float, Callable[[Blocks], Tensor]]
 
@@ -60,24 +60,75 @@ def value_and_gradient(parts: Iterable[Part], x: Blocks) -> tuple[Tensor, Blocks
     """Σ c f(x) and its gradient."""
     total: tuple[Tensor, Blocks] | None = None
     for coefficient, fn in parts:
-
-        def with_value(blocks: Blocks, fn: Callable[[Blocks], Tensor] = fn) -> tuple[Tensor, Tensor]:
-            result = require_scalar(fn(blocks))
-            return result, result
-
-        slope, result = products.gradient(with_value, x)
+        if isinstance(fn, Shared):
+            result, slope = fn.value_and_gradient(x)
+        else:
+            slope, result = products.gradient(_with_value(fn), x)
         if coefficient != 1:
             slope, result = scale(coefficient, slope), coefficient * result
         total = (result, slope) if total is None else (total[0] + result, axpy(1.0, total[1], slope))
     return _require(total)
 
 
+def _with_value(fn: Callable[[Blocks], Tensor]) -> Callable[[Blocks], tuple[Tensor, Tensor]]:
+    def both(x: Blocks) -> tuple[Tensor, Tensor]:
+        result = require_scalar(fn(x))
+        return result, result
+
+    return both
+
+
 def hessian_product(parts: Iterable[Part], x: Blocks, v: Blocks) -> Blocks:
     """Σ c ∇²f(x) v, forward over reverse where torch can."""
     total: Blocks | None = None
     for coefficient, fn in parts:
-        product: Blocks = products.hessian_product(fn, x, v)
+        product: Blocks = fn.hessian_product(x, v) if isinstance(fn, Shared) else products.hessian_product(fn, x, v)
         if coefficient != 1:
             product = scale(coefficient, product)
         total = product if total is None else axpy(1.0, total, product)
     return _require(total)
+
+
+class Shared:
+    """Σ_r Σ c f(x) over processes r that have parts of their own: a function as any other, and one exchange for a derivative.
+
+    Args:
+        own: the parts of this process; called for each pass.
+        exchange: the processes.
+        call: what the function is, the same in all of them.
+    """
+
+    def __init__(self, own: Callable[[], Iterable[Part]], exchange: spread.Exchange, call: str) -> None:
+        self.own, self.exchange, self.call = own, exchange, call
+
+    def _summed(self, what: str, x: Blocks, compute: Callable[[Blocks], Any], along: Blocks | None = None) -> Any:
+        call = f"{what} of {self.call} at the point {spread.fingerprint(x)}"
+        if along is not None:
+            call += f" along {spread.fingerprint(along)}"
+        with self.exchange.guarded(call):
+            mine = compute(spread.spread(x, self.exchange, call))
+        return spread.total(mine, self.exchange, call)
+
+    def __call__(self, x: Blocks) -> Tensor:
+        return self._summed("value", x, lambda y: value(self.own(), y))
+
+    def value_and_gradient(self, x: Blocks) -> tuple[Tensor, Blocks]:
+        """As the function `value_and_gradient`."""
+        return self._summed("value and gradient", x, lambda y: value_and_gradient(self.own(), y))
+
+    def hessian_product(self, x: Blocks, v: Blocks) -> Blocks:
+        """As the function `hessian_product`."""
+
+        def compute(y: Blocks) -> Blocks:
+            return hessian_product(self.own(), y, spread.spread(v, self.exchange, self.call))
+
+        return self._summed("Hessian product", x, compute, v)
+
+    def after(self, way: Callable[[Blocks], Blocks]) -> Shared:
+        """The function of the coordinates that `way` starts from."""
+
+        def own() -> Iterable[Part]:
+            for coefficient, fn in self.own():
+                yield coefficient, lambda x, fn=fn: fn(way(x))
+
+        return Shared(own, self.exchange, self.call)

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from geoad.errors import UnsupportedModuleError
 from geoad.kernels.bags import SpelledOutBags
 from geoad.kernels.norms import SpelledOut
+from geoad.kernels.stamps import depend
 
 __all__ = [
     "Fix",
@@ -304,7 +305,10 @@ def visit(owner: Any) -> None:
 
     Called at the entry, before anything is computed, so that a product which is known to fail is abandoned at no cost.
     """
-    if torch.compiler.is_compiling() or not (stack := _local.stack):
+    if torch.compiler.is_compiling():
+        return
+    depend(owner)
+    if not (stack := _local.stack):
         return
     try:
         memory = _memories.get(owner)

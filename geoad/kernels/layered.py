@@ -1,129 +1,381 @@
-"""Per-sample Jacobians in the structure of affine layers: outer products that are never multiplied out."""
+"""Derivatives of single samples in the structure of layers: what went in and what came back, never multiplied out.
+
+Curvature matrices are sums over samples n and seeds k of r rᵀ with the rows r = sᵀ J_n. `linearize` evaluates the network once
+on a chunk of samples; `Linearized.pull` sends seeds back through it and gives the `Rows`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geoad.kernels import products
-from geoad.kernels.jacobians import batched, rebuilt, sample_jacobian
-from geoad.kernels.ladder import climb, one_by_one
-from geoad.kernels.tap import AffineUse, Tap
-from geoad.params import Blocks, Layout
+from geoad.kernels import products, rules
+from geoad.kernels.bags import SpelledOutPadding
+from geoad.kernels.graph import dependencies
+from geoad.kernels.jacobians import batched, rebuilt
+from geoad.kernels.ladder import at_top_level, climb, one_by_one, watched
+from geoad.kernels.norms import SpelledOut
+from geoad.kernels.positions import Factored, product_of_weight, rows_of_bias, rows_of_weight
+from geoad.kernels.tap import Tap
+from geoad.kernels.uses import Use
+from geoad.params import Blocks, Layout, outside_of_transforms, unwrapped
 
-__all__ = ["BlockJacobian", "Factored", "Plan", "block_jacobians", "layered_jacobian", "plan_of"]
+__all__ = ["BlockRows", "Factored", "Linearized", "Plan", "Rows", "UseRows", "joined", "linearize", "plan_of", "trial"]
+
+_ = rules  # the tap knows them from now on
 
 Outputs = Callable[[Blocks, Any], Tensor]
+_Backs = Sequence[Tensor]
 
-
-@dataclass(frozen=True)
-class Factored:
-    """J[n, c, (o, i)] = left[n, c, o] · right[n, i], for an affine layer that is used once at one position."""
-
-    left: Tensor
-    right: Tensor
-
-    def dense(self) -> Tensor:
-        """(n, C, o · i)."""
-        return (self.left.unsqueeze(-1) * self.right[:, None, None, :]).flatten(2)
-
-
-BlockJacobian = Factored | Tensor
-"""The Jacobian of one block for n samples and C outputs: factored, or a tensor (n, C, size)."""
+BlockRows = Factored | Tensor
+"""The rows of one block for n samples and K seeds: factored, or a tensor (n, K, size)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which blocks have the structure of affine layers at all their uses.
+    """Which blocks have the structure of layers at all their uses.
 
     Attributes:
-        uses: the tapped operations, in the order in which they run.
+        uses: the tapped operations of these blocks, in the order in which they run.
         covered: these blocks.
         others: the blocks that are not covered -> the functions that see them otherwise (none if they are not used).
     """
 
-    uses: list[AffineUse]
+    uses: list[Use]
     covered: frozenset[str]
     others: dict[str, list[str]]
 
+    def coverage(self) -> dict[str, str]:
+        """For each block the rules that cover it, or the functions that prevent it."""
+        found: dict[str, list[str]] = {name: [] for name in self.covered}
+        for use in self.uses:
+            for name in use.names:
+                found[name].append(_RULE_NAMES.get(type(use).__name__, type(use).__name__))
+        covered = {name: ", ".join(dict.fromkeys(kinds)) for name, kinds in found.items()}
+        generic = {name: f"generic: {', '.join(dict.fromkeys(why)) or 'not used'}" for name, why in self.others.items()}
+        return covered | generic
+
+    def without_structure(self, why: str = "") -> Plan:
+        """The plan that covers nothing: every block is differentiated generically, which is always right."""
+        reason = [why] if why else []
+        return Plan([], frozenset(), dict.fromkeys(self.covered, reason) | self.others)
+
+
+_RULE_NAMES = {
+    "AffineUse": "affine",
+    "ConvUse": "convolution",
+    "EmbeddingUse": "embedding",
+    "ScaleUse": "scale",
+    "ShiftUse": "shift",
+}
+
 
 def plan_of(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
-    """What one evaluation on `sample` (a single sample with its batch axis of 1) shows."""
-    with torch.no_grad(), one_by_one(), Tap(_names(x)) as tap:
-        outputs(x, sample)
-    used = {name for use in tap.uses for name in (use.weight, use.bias) if name is not None}
-    covered = frozenset(used - set(tap.others))
-    return Plan(tap.uses, covered, {name: tap.others.get(name, []) for name in x if name not in covered})
+    """What one evaluation on `sample` (a single sample with its batch axis of 1) shows; see `trial`."""
+    return trial(outputs, x, sample).plan
 
 
-def _names(x: Blocks) -> dict[int, str]:
-    return {id(block): name for name, block in x.items()}
+def trial(outputs: Outputs, x: Blocks, sample: Any) -> Linearized:
+    """`sample` linearized by a plan that is made of it: the plan is right for samples of this form.
 
-
-def layered_jacobian(outputs: Outputs, x: Blocks, inputs: Any, plan: Plan) -> tuple[Tensor, dict[str, BlockJacobian]]:
-    """Outputs (n, ..., c) and the Jacobian of every block, with all output axes of a sample in one axis of length C.
-
-    One evaluation and C backward passes through the network, for all samples at once. Each sample runs by itself under
-    ``vmap``, with a batch axis of 1: whatever axes the layers see belong to that sample. Blocks that are not covered are
-    differentiated in the same passes, exactly.
+    Tapped operations take the parameters as constants, and the graph of the outputs is searched for the parameters: one that is
+    still found has a use that no torch function shows (a custom ``autograd.Function``), and is not covered.
     """
-    others = {name: block for name, block in x.items() if name not in plan.covered}
-    like = next(iter(x.values()))
-
-    def single(samples: tuple[Tensor, ...]) -> Any:
-        def perturbed(zeros: list[Tensor], rest: Blocks) -> Any:
-            with Tap(_names(x | rest), zeros) as tap:
-                f = outputs(x | rest, rebuilt(inputs, iter(samples)))[0]
-            return f, (f, tap.inputs)
-
-        zeros = [like.new_zeros(use.shape) for use in plan.uses]
-        linearized: Any = torch.func.vjp(perturbed, zeros, others, has_aux=True)
-        f, pull, aux = linearized
-        eye = torch.eye(f.numel(), dtype=f.dtype, device=f.device).reshape(f.numel(), *f.shape)
-        return aux, torch.func.vmap(pull)(eye)
-
-    (f, seen), (back, generic) = products.quiet_vmap(single)(tuple(batched(inputs)))
-    found: dict[str, BlockJacobian] = {}
-    for name in x:
-        if name not in plan.covered:
-            found[name] = generic[name].flatten(2) if generic[name].ndim > 2 else generic[name].unsqueeze(-1)
-            continue
-        uses = zip(plan.uses, seen, back, strict=True)
-        found[name] = _joined([_of_use(name, use, a, g) for use, a, g in uses if name in (use.weight, use.bias)])
-    return f, found
+    layout = Layout({name: block.shape for name, block in x.items()})
+    return _tried(_seen(outputs, x, sample), outputs, layout, x, sample)
 
 
-def _of_use(name: str, use: AffineUse, a: Tensor, g: Tensor) -> BlockJacobian:
-    """The Jacobian of one use from its inputs a (n, ..., in) and what came back, g (n, C, ..., out)."""
-    left, right = g.reshape(*g.shape[:2], -1, g.shape[-1]), a.to(g.dtype).reshape(a.shape[0], -1, a.shape[-1])
-    if name == use.bias:
-        right = torch.ones_like(right[..., :1])
-    if right.shape[1] == 1:
-        return Factored(left[:, :, 0], right[:, 0])
-    return torch.einsum("ncto,nti->ncoi", left, right).flatten(2)
+def _seen(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
+    everything = Plan([], frozenset(x), {})
+    plain = unwrapped(x)
+    if plain is None:
+        return everything.without_structure("parameters under vmap or the compiler")
+    with outside_of_transforms(), one_by_one(), torch.enable_grad():
+        leaves = {name: block.detach().requires_grad_() for name, block in plain.items()}
+        try:
+            with Tap(leaves, cut=True) as tap, SpelledOut():
+                f = outputs(leaves, sample)
+        except RuntimeError as error:  # a derivative inside of the network that misses its parameters; others come again
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            return everything.without_structure(f"an operation that fails where parameters are constants ({why})")
+        hidden = {id(leaf) for leaf in dependencies([f])}
+    seen = {name for use in tap.uses for name in use.names} - set(tap.others) - tap.overwritten()
+    covered = frozenset(name for name in seen if id(leaves[name]) not in hidden)
+    for name in seen - covered:
+        tap.others.setdefault(name, []).append("a function that the tap does not see")
+    for name in tap.overwritten():
+        tap.others.setdefault(name, []).append("an operation that changes the input of the layer in place")
+    uses = [kept for use in tap.uses if (kept := use.only(covered)) is not None]
+    return Plan(uses, covered, {name: tap.others.get(name, []) for name in x if name not in covered})
 
 
-def _joined(parts: list[BlockJacobian]) -> BlockJacobian:
+def _tried(plan: Plan, outputs: Outputs, layout: Layout, x: Blocks, sample: Any) -> Linearized:
+    """By the plan if the samples of a chunk can be evaluated together and it fits then, else without structure."""
+    with watched() as seen:
+        linearized = linearize(outputs, layout, x, sample, plan)
+    if next((each.way for each in reversed(seen) if each.path[-1] == _KIND), "vmap") == "loop":
+        linearized.plan = plan.without_structure("vmap cannot batch the network, samples are gone through one by one")
+    return linearized
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------------
+
+
+class Linearized:
+    """A chunk of n samples, evaluated once.
+
+    Attributes:
+        outputs: (n, ..., c).
+        plan: which blocks have structure here.
+        inputs: what the uses of the plan were applied to, (n, ...).
+    """
+
+    outputs: Tensor
+    plan: Plan
+    layout: Layout
+    inputs: list[Tensor]
+
+    def outline(self, seeds: int) -> Rows:
+        """The rows of so many seeds without their numbers, to judge sizes by."""
+        n = self.outputs.shape[0]
+        uses = [UseRows(use, a, ()) for use, a in zip(self.plan.uses, self.inputs, strict=True)]
+        others = {name: self.outputs.new_empty(()).expand(n, seeds, self.layout[name].numel()) for name in self.plan.others}
+        return Rows(self.layout, self.plan, uses, others, n, seeds)
+
+    def pull(self, seeds: Tensor) -> Rows:
+        """The rows of seeds (K, n, ..., c)."""
+        raise NotImplementedError
+
+
+def linearize(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> Linearized:
+    """Evaluate a chunk of samples, with the graph for any number of seeds.
+
+    Each sample runs by itself under ``vmap``, with a batch axis of 1: whatever axes the layers see belong to that sample.
+    Blocks that are not covered are expanded over the samples and differentiated in the same passes, exactly. Networks that
+    ``vmap`` cannot batch are gone through sample by sample, and so without structure.
+    """
+
+    def together() -> Linearized:
+        try:
+            return _Together(outputs, layout, x, inputs, plan)
+        except _AnotherPath:
+            why = "the network took another path than on the sample that the plan was made of"
+            return _Together(outputs, layout, x, inputs, plan.without_structure(why))
+
+    with one_by_one():
+        return climb(_KIND, [("vmap", together), ("loop", lambda: _OneByOne(outputs, layout, x, inputs, plan))])
+
+
+_KIND = "rows of samples"
+"""Apart from the kind of `geoad.kernels.jacobians`: the tap takes operations apart that ``vmap`` cannot batch as a whole."""
+
+
+class _AnotherPath(Exception):
+    """The operations of this evaluation are not those of the plan."""
+
+
+class _Together(Linearized):
+    """All samples under vmap, inside of one vjp."""
+
+    def __init__(self, outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> None:
+        batch = tuple(batched(inputs))
+        n = batch[0].shape[0]
+        covered = {name: x[name] for name in x if name in plan.covered}
+        like = next(iter(x.values()))
+        zeros = [like.new_zeros(()).expand(n, *use.shape) for use in plan.uses]
+        others = {name: block.expand(n, *block.shape) for name, block in x.items() if name not in covered}
+
+        def single(samples: tuple[Tensor, ...], zeros: list[Tensor], rest: Blocks) -> Any:
+            blocks = covered | rest
+            with SpelledOutPadding(), Tap(covered, zeros) as tap:
+                f = outputs({name: blocks[name] for name in x}, rebuilt(inputs, iter(samples)))[0]
+            if tap.surplus or tap.others or tap.uses != plan.uses:
+                raise _AnotherPath
+            return f, tap.inputs
+
+        def evaluate(zeros: list[Tensor], rest: Blocks) -> Any:
+            return products.quiet_vmap(single)(batch, zeros, rest)
+
+        linearized: Any = torch.func.vjp(evaluate, zeros, others, has_aux=True)
+        self.outputs, self._pull, self.inputs = linearized
+        self.plan, self.layout = plan, layout
+
+    def pull(self, seeds: Tensor) -> Rows:
+        # torch.func would record a graph of the backward pass as well; it is kept where someone may ask for it
+        with torch.set_grad_enabled(self.outputs.requires_grad or not at_top_level()):
+            backs, rest = self._together(seeds) if self._is_small() else self._in_turn(seeds)
+        n, k = self.outputs.shape[0], len(seeds)
+        uses = [UseRows(use, a, [_wide(g) for g in b]) for use, a, b in zip(self.plan.uses, self.inputs, backs, strict=True)]
+        others = {name: _wide(torch.stack(tuple(each), 1).reshape(n, k, -1)) for name, each in rest.items()}
+        return Rows(self.layout, self.plan, uses, others, n, k)
+
+    def _is_small(self) -> bool:
+        return self.outputs.shape[0] * len(self.plan.uses) <= _SMALL
+
+    def _together(self, seeds: Tensor) -> tuple[list[_Backs], dict[str, _Backs]]:
+        back, generic = products.mapped(self._pull, seeds)
+        return [each.unbind(0) for each in back], {name: each.unbind(0) for name, each in generic.items()}
+
+    def _in_turn(self, seeds: Tensor) -> tuple[list[_Backs], dict[str, _Backs]]:
+        pulled = [self._pull(seed) for seed in seeds]
+        backs: list[_Backs] = [[back[i] for back, _ in pulled] for i in range(len(self.plan.uses))]
+        return backs, {name: tuple(generic[name] for _, generic in pulled) for name in self.plan.others}
+
+
+def _wide(numbers: Tensor) -> Tensor:
+    """Sums over samples are taken in single precision at least."""
+    return numbers.float() if numbers.dtype in (torch.bfloat16, torch.float16) else numbers
+
+
+_SMALL = 512
+"""Below this many samples times layers, seeds go back together; above, one by one, which takes less memory."""
+
+
+class _OneByOne(Linearized):
+    """Sample by sample, without structure."""
+
+    def __init__(self, outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> None:
+        batch = tuple(batched(inputs))
+
+        def single(sample: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[Tensor], Blocks]]:
+            return products.vjp(lambda y: outputs(y, rebuilt(inputs, iter(sample)))[0], x)
+
+        each = [single(tuple(part[i] for part in batch)) for i in range(batch[0].shape[0])]
+        self.outputs, self._pulls = torch.stack([f for f, _ in each]), [pull for _, pull in each]
+        self.plan, self.layout, self.inputs = plan.without_structure(), layout, []
+
+    def pull(self, seeds: Tensor) -> Rows:
+        found = [products.mapped(pull, seeds[:, i]) for i, pull in enumerate(self._pulls)]
+        stacked = {name: torch.stack([each[name] for each in found]) for name in self.layout}
+        others = {name: _wide(each.reshape(len(found), len(seeds), -1)) for name, each in stacked.items()}
+        return Rows(self.layout, self.plan, [], others, len(found), len(seeds))
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UseRows:
+    """What went into one use, and what came back.
+
+    Attributes:
+        use: the use.
+        a: what was recorded (n, ...).
+        back: for each seed, what came back to the output (n, *use.shape).
+    """
+
+    use: Use
+    a: Tensor
+    back: Sequence[Tensor]
+
+    def part(self, samples: slice) -> UseRows:
+        """That of some samples."""
+        return UseRows(self.use, self.a[samples], [each[samples] for each in self.back])
+
+    @cached_property
+    def g(self) -> Tensor:
+        """What came back, (n, K, *use.shape)."""
+        return torch.stack(tuple(self.back), 1)
+
+    def rows(self, name: str) -> BlockRows:
+        """The part of the rows of a block that is due to this use."""
+        use, parts = self.use, list[BlockRows]()
+        if use.weight is not None and use.weight.name == name:
+            parts.append(rows_of_weight(use, self.a, self.g))
+        if use.bias is not None and use.bias.name == name:
+            parts.append(rows_of_bias(use, self.g))
+        return _joined(parts)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows r = sᵀ J_n of n samples and K seeds, for all blocks.
+
+    Attributes:
+        layout: the blocks with their shapes.
+        plan: which of them have structure.
+        uses: the rows of the covered blocks, in structure.
+        others: the rows of the other blocks (n, K, size).
+        samples, seeds: n and K.
+    """
+
+    layout: Layout = field(repr=False)
+    plan: Plan = field(repr=False)
+    uses: list[UseRows]
+    others: dict[str, Tensor]
+    samples: int
+    seeds: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers."""
+        return self.uses[0].back[0].dtype if self.uses else next(iter(self.others.values())).dtype
+
+    def part(self, samples: slice) -> Rows:
+        """The rows of some samples."""
+        uses = [each.part(samples) for each in self.uses]
+        others = {name: each[samples] for name, each in self.others.items()}
+        count = len(range(*samples.indices(self.samples)))
+        return Rows(self.layout, self.plan, uses, others, count, self.seeds)
+
+    def numbers_of_a_sample(self) -> int:
+        """How many numbers are held for each sample: what went in, what came back, and rows that are explicit."""
+        # back twice, for kernels stack it; and about four numbers of the graph for each output
+        kept = [each.a[0].numel() + (2 * self.seeds + 4) * math.prod(each.use.shape) for each in self.uses]
+        return sum(kept) + sum(each[0].numel() for each in self.others.values())
+
+    def of(self, name: str) -> list[UseRows]:
+        """The uses of a block; none if it is not covered."""
+        return [each for each in self.uses if name in each.use.names]
+
+    def block(self, name: str) -> BlockRows:
+        """The rows of a block: an outer product if it is used once at one position, or (n, K, size)."""
+        if name in self.others:
+            return self.others[name]
+        return _joined([each.rows(name) for each in self.of(name)])
+
+    def explicit(self, name: str) -> Tensor:
+        """(n, K, size)."""
+        rows = self.block(name)
+        return rows.dense() if isinstance(rows, Factored) else rows
+
+    def write(self, result: Blocks, place: slice) -> None:
+        """Write the rows of the only seed to `place` of the leading axis of `result` (N, *shape)."""
+        if self.seeds != 1:
+            raise ValueError(f"rows of a single seed were asked for, there are {self.seeds}")
+        for name, target in result.items():
+            self._write(name, target[place])
+
+    def _write(self, name: str, target: Tensor) -> None:
+        """The rows of a block, without another copy where they are products of two matrices."""
+        uses = self.of(name)
+        product = product_of_weight(uses[0].use, uses[0].a, uses[0].back[0], name) if len(uses) == 1 else None
+        if product is None or product[0].dtype != target.dtype:
+            target.copy_(self.explicit(name).reshape(target.shape))
+            return
+        left, right = product
+        multiply = torch.mul if left.shape[2] == 1 else torch.bmm
+        multiply(left, right, out=target.view(target.shape[0], left.shape[1], right.shape[2]))
+
+
+def joined(name: str, uses: Sequence[UseRows]) -> Tensor:
+    """The rows (n, K, size) of a block from its uses."""
+    rows = _joined([each.rows(name) for each in uses])
+    return rows.dense() if isinstance(rows, Factored) else rows
+
+
+def _joined(parts: list[BlockRows]) -> BlockRows:
     """The sum over the uses of a block."""
     if len(parts) == 1:
         return parts[0]
-    return torch.stack([part.dense() if isinstance(part, Factored) else part for part in parts]).sum(0)
-
-
-def block_jacobians(
-    outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan
-) -> tuple[Tensor, dict[str, BlockJacobian]]:
-    """`layered_jacobian`, or, for networks that ``vmap`` cannot batch, the same numbers without structure."""
-
-    def unstructured() -> tuple[Tensor, dict[str, BlockJacobian]]:
-        f, jacobian = sample_jacobian(outputs, layout, x, inputs)
-        flat = jacobian.reshape(f.shape[0], -1, layout.dim)
-        return f, {name: flat[..., place] for name, place in layout.offsets().items()}
-
-    if not plan.covered:
-        return unstructured()
-    return climb("samples", [("vmap", lambda: layered_jacobian(outputs, x, inputs, plan)), ("loop", unstructured)])
+    dense = [part.dense() if isinstance(part, Factored) else part for part in parts]
+    total = dense[0].clone()
+    for part in dense[1:]:
+        total += part
+    return total

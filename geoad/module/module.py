@@ -229,6 +229,7 @@ class GeoModule(nn.Module):
 
         if looks:
             self._survey(Use(self, net, fn, coordinates.theta, bool(training)), run, theta, args)
+            visit(self)  # a first survey may have found that forward mode leaves something out
         with spelled_out():  # the norms of torch have wrong second derivatives
             return run(theta, args)
 

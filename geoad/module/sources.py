@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoad.data import Batches, require_match
 from geoad.errors import GeometryError
-from geoad.kernels.derivatives import Part
+from geoad.kernels.derivatives import Part, Shared
 from geoad.kernels.ladder import visit
 from geoad.params import Blocks
 
@@ -56,8 +56,19 @@ class LossSource:
             require_match(targets, {"outputs": outputs}, "the targets", error, like="the outputs")
             raise
 
+    def single(self, x: Blocks, inputs: Any, targets: Any) -> Tensor:
+        """The loss on a batch that holds one sample."""
+        return self._batch(x, inputs, targets)
+
     def parts(self) -> Iterable[Part]:
-        """One part a batch; their sum is the mean (or the sum) over all samples."""
+        """One part a batch; their sum is the mean (or the sum) over all samples. One part in all where processes share them."""
+        if self.batches.exchange is None:
+            return self._own()
+        name = getattr(self.loss, "__name__", type(self.loss).__name__)
+        call = f"the {self.reduction} of the loss {name} over {self.batches.described()}"
+        return [(1.0, Shared(self._own, self.batches.exchange, call))]
+
+    def _own(self) -> Iterable[Part]:
         total = self.batches.total if self.reduction == "mean" else 1
         for size, inputs, targets in self.batches.sized():
             coefficient = (1 if self._summed else size) / total

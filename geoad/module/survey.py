@@ -63,7 +63,7 @@ class Survey:
             bare = map_blocks(lambda block: _bare(block, 0).detach(), theta)  # other objects: a `Tap` looks away
             samples = [_mapped(args, lambda each, i=i: _bare(each, i)) for i in range(2 if batched else 1)]
             if look:
-                _look_twice(use, run, bare, samples[0])
+                _look_at_few(use, run, bare, samples[0])
                 looked.add((use.training, sampled))
             if compare and _compare(use.net, run, bare, samples, [count is not None for count in axes]):
                 compared.add(use.training)
@@ -86,6 +86,24 @@ class Use:
     fn: Callable[..., Any]
     originals: Mapping[str, nn.Parameter]
     training: bool
+
+
+_FEW = 32
+
+
+def _look_at_few(use: Use, run: Run, theta: Blocks, args: Any) -> None:
+    """Look at some of the samples of a large batch, if the network takes them; what they show does not depend on their number."""
+    axes = [each.shape[0] for each in _tensors(args) if each.ndim]
+    if not axes or axes[0] <= _FEW:
+        _look_twice(use, run, theta, args)
+        return
+    few = _mapped(args, lambda each: each[:_FEW] if each.ndim and each.shape[0] == axes[0] else each)
+    try:
+        with torch.no_grad():
+            run(theta, few)
+    except Exception:  # a network for batches of one size
+        few = args
+    _look_twice(use, run, theta, few)
 
 
 def _look_twice(use: Use, run: Run, theta: Blocks, args: Any) -> None:

@@ -1,14 +1,18 @@
 """Geometry-blind linear algebra on dicts of blocks."""
 
+from geoad.operators import woodbury as _woodbury  # solves with LowRank  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from geoad.operators.algebra import DENSE_LIMIT as DENSE_LIMIT
 from geoad.operators.algebra import compose as compose
 from geoad.operators.algebra import has_matrix as has_matrix
 from geoad.operators.algebra import is_symmetric as is_symmetric
+from geoad.operators.algebra import mv as mv
 from geoad.operators.algebra import plus as plus
 from geoad.operators.algebra import require_small as require_small
+from geoad.operators.algebra import rmv as rmv
 from geoad.operators.algebra import times as times
 from geoad.operators.algebra import to_dense as to_dense
 from geoad.operators.algebra import transpose as transpose
+from geoad.operators.arrangement import Arrangement as Arrangement
 from geoad.operators.base import Dense as Dense
 from geoad.operators.base import Detached as Detached
 from geoad.operators.base import Diagonal as Diagonal
@@ -18,13 +22,28 @@ from geoad.operators.base import Multiple as Multiple
 from geoad.operators.base import Product as Product
 from geoad.operators.base import Sum as Sum
 from geoad.operators.base import Transpose as Transpose
+from geoad.operators.block_diagonal import BlockDiagonal as BlockDiagonal
+from geoad.operators.determinant import slogdet as slogdet
 from geoad.operators.eigen import eigh as eigh
 from geoad.operators.eigen import eigvals as eigvals
 from geoad.operators.eigen import trace as trace
+from geoad.operators.eigen_kronecker import EigenKronecker as EigenKronecker
+from geoad.operators.eigen_kronecker import eigen_kronecker as eigen_kronecker
+from geoad.operators.export import to_scipy as to_scipy
+from geoad.operators.inner import diagonal as diagonal
+from geoad.operators.inner import frobenius as frobenius
+from geoad.operators.inner import inner as inner
+from geoad.operators.kronecker import Kronecker as Kronecker
+from geoad.operators.low_rank import LowRank as LowRank
+from geoad.operators.numbers import batch_shape as batch_shape
+from geoad.operators.numbers import map_numbers as map_numbers
+from geoad.operators.power import inverse_sqrt as inverse_sqrt
+from geoad.operators.power import power as power
+from geoad.operators.quasi_diagonal import QuasiDiagonal as QuasiDiagonal
+from geoad.operators.sample import sample as sample
 from geoad.operators.solve import CG as CG
 from geoad.operators.solve import Inverse as Inverse
 from geoad.operators.solve import densify as densify
 from geoad.operators.solve import inverse as inverse
 from geoad.operators.solve import scaled_cholesky as scaled_cholesky
-from geoad.operators.solve import slogdet as slogdet
 from geoad.operators.solve import solve as solve

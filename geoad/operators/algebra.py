@@ -10,14 +10,36 @@ from torch import Tensor
 from geoad.errors import GeometryError
 from geoad.kernels.products import mapped
 from geoad.operators.base import Dense, Detached, Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
-from geoad.params import Blocks, Layout, add, is_wrapped, map_blocks, scale
+from geoad.params import Blocks, Layout, add, insert_axes, is_wrapped, map_blocks, scale
 
-__all__ = ["DENSE_LIMIT", "compose", "has_matrix", "is_symmetric", "plus", "require_small", "times", "to_dense", "transpose"]
+__all__ = [
+    "DENSE_LIMIT",
+    "compose",
+    "has_matrix",
+    "is_symmetric",
+    "mv",
+    "plus",
+    "require_small",
+    "rmv",
+    "times",
+    "to_dense",
+    "transpose",
+]
 
 DENSE_LIMIT = 8192
 """Above this number of coordinates no d × d matrix is made implicitly (8192² float64 entries are 0.5 GB)."""
 
 _CHUNK = 32
+
+
+def mv(operator: LinearOperator, v: Blocks) -> Blocks:
+    """A v; batch axes lead."""
+    return operator.mv(v)
+
+
+def rmv(operator: LinearOperator, w: Blocks) -> Blocks:
+    """Aᵀ w; batch axes lead."""
+    return operator.rmv(w)
 
 
 @singledispatch
@@ -59,6 +81,7 @@ def _(operator: Multiple) -> Tensor:
 def _(operator: Sum) -> Tensor:
     total: Tensor | None = None
     for factor, term in operator.terms:
+        factor = insert_axes(factor, factor.ndim, 2) if isinstance(factor, Tensor) and factor.ndim else factor
         part = factor * to_dense(term)
         total = part if total is None else total + part
     assert total is not None
@@ -80,6 +103,7 @@ def _(operator: Detached) -> Tensor:
     return to_dense(operator.operator).detach()
 
 
+@singledispatch
 def has_matrix(operator: LinearOperator) -> bool:
     """True if a d × d matrix is stored already, so that making it dense allocates nothing of a new order."""
     match operator:
@@ -130,8 +154,16 @@ def times(factor: float | Tensor, operator: LinearOperator, *, positive: bool) -
             return Multiple(layout, factor * operator.factor, definite=definite)
         case Sum():
             return Sum([(factor * c, t) for c, t in operator.terms], definite=definite, symmetric=operator.symmetric)
+        case _ if operator.structured:
+            return scaled(operator, factor, definite)
         case _:
             return Sum([(factor, operator)], definite=definite)
+
+
+@singledispatch
+def scaled(operator: LinearOperator, factor: float | Tensor, definite: bool) -> LinearOperator:
+    """factor · A of a structured operator, in its class where that is closed."""
+    return Sum([(factor, operator)], definite=definite)
 
 
 def plus(a: LinearOperator, b: LinearOperator, *, definite: bool = False) -> LinearOperator:
@@ -140,11 +172,39 @@ def plus(a: LinearOperator, b: LinearOperator, *, definite: bool = False) -> Lin
     if isinstance(a, Multiple) and isinstance(b, Multiple):
         return Multiple(layout, a.factor + b.factor, definite=definite)
     if isinstance(a, (Multiple, Diagonal)) and isinstance(b, (Multiple, Diagonal)):
-        return Diagonal(layout, add(_diagonal(a), _diagonal(b)), definite=definite)
-    if a.materialised and b.materialised:
+        return Diagonal(layout, add(diagonal_of(a), diagonal_of(b)), definite=definite)
+    simple = (Dense, Multiple, Diagonal)
+    if isinstance(a, simple) and isinstance(b, simple):
         return Dense(layout, _added(a, b), symmetric=symmetric, definite=definite)
-    terms = [*(a.terms if isinstance(a, Sum) else [(1.0, a)]), *(b.terms if isinstance(b, Sum) else [(1.0, b)])]
+    closed = added(a, b, definite) if a.structured else None
+    closed = added(b, a, definite) if closed is None and b.structured else closed
+    if closed is not None:
+        return closed
+    if a.materialised and b.materialised and (has_matrix(a) or has_matrix(b)):
+        return Dense(layout, _added(a, b), symmetric=symmetric, definite=definite)
+    terms: _Terms = a.terms if isinstance(a, Sum) else [(1.0, a)]
+    for factor, term in b.terms if isinstance(b, Sum) else [(1.0, b)]:
+        terms = _appended(terms, factor, term)
     return Sum(terms, definite=definite, symmetric=symmetric)
+
+
+@singledispatch
+def added(a: LinearOperator, b: LinearOperator, definite: bool) -> LinearOperator | None:
+    """A + B of a structured A in closed form, None if it has none."""
+    return None
+
+
+_Terms = list[tuple[float | Tensor, LinearOperator]]
+
+
+def _appended(terms: _Terms, factor: float | Tensor, term: LinearOperator) -> _Terms:
+    """One more term; diagonals are added up."""
+    if isinstance(term, (Multiple, Diagonal)):
+        for i, (other, known) in enumerate(terms):
+            if isinstance(known, (Multiple, Diagonal)):
+                both = plus(times(other, known, positive=False), times(factor, term, positive=False))
+                return [*terms[:i], (1.0, both), *terms[i + 1 :]]
+    return [*terms, (factor, term)]
 
 
 def _are_transposes(a: LinearOperator, b: LinearOperator) -> bool:
@@ -165,12 +225,13 @@ def _added(a: LinearOperator, b: LinearOperator) -> Tensor:
         a, b = b, a
     matrix = a.matrix if isinstance(a, Dense) else to_dense(a)
     if isinstance(b, (Multiple, Diagonal)) and matrix.ndim == 2:
-        diagonal = b.layout.ravel(_diagonal(b)).to(matrix.dtype)
+        diagonal = b.layout.ravel(diagonal_of(b)).to(matrix.dtype)
         return matrix + torch.diag_embed(diagonal)
     return matrix + (b.matrix if isinstance(b, Dense) else to_dense(b))
 
 
-def _diagonal(operator: Multiple | Diagonal) -> Blocks:
+def diagonal_of(operator: Multiple | Diagonal) -> Blocks:
+    """The entries of a diagonal matrix."""
     return operator.entries if isinstance(operator, Diagonal) else operator.entries()
 
 
@@ -180,7 +241,7 @@ def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
         case Multiple(), Multiple():
             return Multiple(a.layout, a.factor * b.factor)
         case ((Multiple() | Diagonal()), (Multiple() | Diagonal())):
-            return Diagonal(a.layout, map_blocks(torch.mul, _diagonal(a), _diagonal(b)))
+            return Diagonal(a.layout, map_blocks(torch.mul, diagonal_of(a), diagonal_of(b)))
         case Multiple(), _:
             return times(a.factor, b, positive=a.definite) if a.factor.ndim == 0 else Product(a, b)
         case _, Multiple():
@@ -188,13 +249,30 @@ def compose(a: LinearOperator, b: LinearOperator) -> LinearOperator:
         case Dense(), Dense():
             return Dense(a.layout, a.matrix @ b.matrix)
         case _:
-            return Product(a, b)
+            closed = composed(a, b) if a.structured else None
+            return Product(a, b) if closed is None else closed
+
+
+@singledispatch
+def composed(a: LinearOperator, b: LinearOperator) -> LinearOperator | None:
+    """A B of a structured A in closed form, None if it has none."""
+    return None
 
 
 def transpose(operator: LinearOperator) -> LinearOperator:
     """Aᵀ."""
     if operator.symmetric:
         return operator
-    if isinstance(operator, Dense):
-        return Dense(operator.layout, operator.matrix.mT)
-    return operator.operator if isinstance(operator, Transpose) else Transpose(operator)
+    match operator:
+        case Dense():
+            return Dense(operator.layout, operator.matrix.mT)
+        case Transpose():
+            return operator.operator
+        case _:
+            return transposed(operator) if operator.structured else Transpose(operator)
+
+
+@singledispatch
+def transposed(operator: LinearOperator) -> LinearOperator:
+    """Aᵀ of an operator that is not symmetric, in its class where that is closed."""
+    return Transpose(operator)

@@ -7,12 +7,13 @@ The abstract contract is a matrix-vector product; everything else (`to_dense`, `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from geoad.params import Blocks, Layout, axpy, detach, first, insert_axes, map_blocks, scale
+from geoad.params import Blocks, Layout, add, detach, first, insert_axes, map_blocks, scale
 
 __all__ = ["Dense", "Detached", "Diagonal", "Implicit", "LinearOperator", "Multiple", "Product", "Sum", "Transpose"]
 
@@ -24,12 +25,19 @@ class LinearOperator(ABC):
         layout: names and shapes of the blocks.
         symmetric: the matrix is known to be symmetric.
         definite: the matrix is known to be symmetric positive definite.
+        materialised: it is made of stored numbers, and holds on to no function.
     """
 
     layout: Layout
     symmetric: bool = False
     definite: bool = False
     materialised: ClassVar[bool] = False
+    structured: ClassVar[bool] = False
+    """Of a class with closed forms of its own; the others are done without dispatch, which torch.compile does not trace."""
+    made_of: ClassVar[tuple[str, ...]] = ()
+    """The attributes that hold its numbers: tensors, blocks, other operators, containers of them."""
+    said: ClassVar[tuple[str, ...]] = ()
+    """The attributes that say the rest: flags and arrangements."""
 
     @abstractmethod
     def mv(self, v: Blocks) -> Blocks:
@@ -49,6 +57,16 @@ class LinearOperator(ABC):
     def like(self) -> Tensor:
         """A tensor of the dtype and device of the operator."""
 
+    def held(self) -> dict[str, Any]:
+        """What `made_of` names."""
+        return {name: getattr(self, name) for name in self.made_of}
+
+    @classmethod
+    def remade(cls, layout: Layout, held: Mapping[str, Any], said: Mapping[str, Any]) -> Self:
+        """The operator of this class with these numbers; see `held`."""
+        make: Any = cls
+        return make(layout, **held, **said)
+
     def __repr__(self) -> str:
         flags = "".join(f", {word}" for word in ("symmetric", "definite") if getattr(self, word))
         return f"{type(self).__name__}(dim={self.dim}{flags}, {str(self.like.dtype).removeprefix('torch.')})"
@@ -57,6 +75,8 @@ class LinearOperator(ABC):
 class Dense(LinearOperator):
     """A stored matrix of shape (*batch, d, d), in the raveled order of the layout."""
 
+    made_of = ("matrix",)
+    said = ("symmetric", "definite")
     materialised = True
 
     def __init__(self, layout: Layout, matrix: Tensor, *, symmetric: bool = False, definite: bool = False) -> None:
@@ -89,6 +109,8 @@ def _matrix_vector(matrix: Tensor, flat: Tensor) -> Tensor:
 class Multiple(LinearOperator):
     """c · I; one factor for each element of a batch."""
 
+    made_of = ("factor",)
+    said = ("definite",)
     symmetric = True
     materialised = True
 
@@ -121,6 +143,8 @@ class Multiple(LinearOperator):
 class Diagonal(LinearOperator):
     """diag(entries)."""
 
+    made_of = ("entries",)
+    said = ("definite",)
     symmetric = True
     materialised = True
 
@@ -166,6 +190,9 @@ class Implicit(LinearOperator):
 class Sum(LinearOperator):
     """Σ c_i A_i."""
 
+    made_of = ("factors", "operators")
+    said = ("definite", "symmetric")
+
     def __init__(
         self, terms: list[tuple[float | Tensor, LinearOperator]], *, definite: bool = False, symmetric: bool = False
     ) -> None:
@@ -178,11 +205,36 @@ class Sum(LinearOperator):
     def like(self) -> Tensor:
         return self.terms[0][1].like
 
+    @property
+    def materialised(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All terms are."""
+        return all(term.materialised for _, term in self.terms)
+
+    @property
+    def factors(self) -> list[float | Tensor]:
+        """The c_i."""
+        return [factor for factor, _ in self.terms]
+
+    @property
+    def operators(self) -> list[LinearOperator]:
+        """The A_i."""
+        return [term for _, term in self.terms]
+
+    @classmethod
+    def remade(cls, layout: Layout, held: Mapping[str, Any], said: Mapping[str, Any]) -> Self:
+        return cls(list(zip(held["factors"], held["operators"], strict=True)), **said)
+
     def _combine(self, products: list[Blocks]) -> Blocks:
-        total = scale(self.terms[0][0], products[0])
+        total = self._times(self.terms[0][0], products[0])
         for (factor, _), product in zip(self.terms[1:], products[1:], strict=True):
-            total = axpy(factor, product, total)
+            total = add(self._times(factor, product), total)
         return total
+
+    def _times(self, factor: float | Tensor, product: Blocks) -> Blocks:
+        """The multiple, with a factor for each element of a batch if it has axes."""
+        if not isinstance(factor, Tensor) or factor.ndim == 0:
+            return scale(factor, product)
+        return {name: insert_axes(factor, factor.ndim, len(shape)) * product[name] for name, shape in self.layout.items()}
 
     def mv(self, v: Blocks) -> Blocks:
         return self._combine([term.mv(v) for _, term in self.terms])
@@ -194,6 +246,8 @@ class Sum(LinearOperator):
 class Product(LinearOperator):
     """A B."""
 
+    made_of = ("left", "right")
+
     def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
         self.layout = left.layout
         self.left = left
@@ -202,6 +256,11 @@ class Product(LinearOperator):
     @property
     def like(self) -> Tensor:
         return self.left.like
+
+    @classmethod
+    def remade(cls, layout: Layout, held: Mapping[str, Any], said: Mapping[str, Any]) -> Self:
+        make: Any = cls
+        return make(**held, **said)
 
     def mv(self, v: Blocks) -> Blocks:
         return self.left.mv(self.right.mv(v))
@@ -213,6 +272,8 @@ class Product(LinearOperator):
 class Transpose(LinearOperator):
     """Aᵀ."""
 
+    made_of = ("operator",)
+
     def __init__(self, operator: LinearOperator) -> None:
         self.layout = operator.layout
         self.operator = operator
@@ -220,6 +281,11 @@ class Transpose(LinearOperator):
     @property
     def like(self) -> Tensor:
         return self.operator.like
+
+    @classmethod
+    def remade(cls, layout: Layout, held: Mapping[str, Any], said: Mapping[str, Any]) -> Self:
+        make: Any = cls
+        return make(**held, **said)
 
     def mv(self, v: Blocks) -> Blocks:
         return self.operator.rmv(v)
@@ -231,6 +297,8 @@ class Transpose(LinearOperator):
 class Detached(LinearOperator):
     """An operator whose products are cut from the autograd graph."""
 
+    made_of = ("operator",)
+
     def __init__(self, operator: LinearOperator) -> None:
         self.layout = operator.layout
         self.operator = operator
@@ -240,6 +308,11 @@ class Detached(LinearOperator):
     @property
     def like(self) -> Tensor:
         return self.operator.like.detach()
+
+    @classmethod
+    def remade(cls, layout: Layout, held: Mapping[str, Any], said: Mapping[str, Any]) -> Self:
+        make: Any = cls
+        return make(**held, **said)
 
     def mv(self, v: Blocks) -> Blocks:
         return detach(self.operator.mv(v))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
-from geoad.operators.algebra import require_small, to_dense
+from geoad.operators.algebra import DENSE_LIMIT, has_matrix, require_small, to_dense
 from geoad.operators.base import Dense, Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
-from geoad.operators.solve import Inverse, densify, scaled_cholesky, solve
+from geoad.operators.solve import Inverse, check_diagonal, densify, inverse, scaled_cholesky, solve
+from geoad.operators.spectra import symmetric_eigh
 from geoad.params import Blocks, axpy, dot, is_wrapped, scale
 
 __all__ = ["eigh", "eigvals", "lanczos", "order", "trace"]
@@ -20,32 +21,33 @@ def trace(operator: LinearOperator) -> Tensor:
     """Σ_i A_ii."""
     if isinstance(operator, Dense):  # not by dispatch, which torch.compile does not trace
         return operator.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return _trace(operator)
+    return traced(operator)
 
 
 @singledispatch
-def _trace(operator: LinearOperator) -> Tensor:
+def traced(operator: LinearOperator) -> Tensor:
+    """What `trace` does: dispatches on the class."""
     require_small(operator, "the trace")
     return to_dense(operator).diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-@_trace.register
+@traced.register
 def _(operator: Diagonal) -> Tensor:
     return operator.layout.ravel(operator.entries).sum(-1)
 
 
-@_trace.register
+@traced.register
 def _(operator: Multiple) -> Tensor:
     return operator.dim * operator.factor
 
 
-@_trace.register
+@traced.register
 def _(operator: Sum) -> Tensor:
     parts = [factor * trace(term) for factor, term in operator.terms]
     return torch.stack([torch.as_tensor(part) for part in parts]).sum(0)
 
 
-@_trace.register
+@traced.register
 def _(operator: Transpose) -> Tensor:
     return trace(operator.operator)
 
@@ -75,14 +77,15 @@ def _symmetric_pair(operator: LinearOperator) -> tuple[LinearOperator, LinearOpe
         return right, left.operator
     if isinstance(right, Inverse) and right.definite and left.symmetric:
         return left, right.operator
-    if left.definite and right.symmetric and isinstance(left, (Diagonal, Multiple)):
-        return right, Inverse(left, positive=True)
-    if right.definite and left.symmetric and isinstance(right, (Diagonal, Multiple)):
-        return left, Inverse(right, positive=True)
+    if left.definite and right.symmetric and left.materialised:
+        return right, inverse(left, positive=True)
+    if right.definite and left.symmetric and right.materialised:
+        return left, inverse(right, positive=True)
     return None
 
 
-def _sorted(values: Tensor, vectors: Tensor | None, k: int | None, which: str) -> tuple[Tensor, Tensor | None]:
+def picked(values: Tensor, vectors: Tensor | None, k: int | None, which: str) -> tuple[Tensor, Tensor | None]:
+    """The first k eigenvalues in the order of `which`, and their eigenvectors."""
     index = order(values, which)[..., :k]
     picked = values.take_along_dim(index, -1)
     return picked, None if vectors is None else vectors.take_along_dim(index.unsqueeze(-2), -1)
@@ -97,18 +100,67 @@ def eigvals(operator: LinearOperator, k: int | None = None, which: str = "larges
     if isinstance(operator, Multiple):
         count = operator.dim if k is None else k
         return operator.factor.unsqueeze(-1).expand(*operator.factor.shape, count)
-    if isinstance(operator, Diagonal):
-        return _sorted(operator.layout.ravel(operator.entries), None, k, which)[0]
+    values = spectrum(operator)
+    if values is not None:
+        return picked(_real(values), None, k, which)[0]
     pair = (operator, None) if operator.symmetric else _symmetric_pair(operator)
     if pair is not None:
         return eigh(pair[0], pair[1], k, which)[0]
     require_small(operator, "the spectrum of an operator that is not symmetric")
-    values = torch.linalg.eigvals(to_dense(operator))
-    if not is_wrapped({"": values}):
+    return picked(_real(torch.linalg.eigvals(to_dense(operator))), None, k, which)[0]
+
+
+def _real(values: Tensor) -> Tensor:
+    """Without imaginary parts that are rounding noise."""
+    if values.is_complex() and values.numel() and not is_wrapped({"": values}):
         negligible = 1e4 * torch.finfo(values.dtype).eps * values.abs().max()
         if bool((values.imag.abs() <= negligible).all()):
-            values = values.real
-    return _sorted(values, None, k, which)[0]
+            return values.real
+    return values
+
+
+@singledispatch
+def spectrum(operator: LinearOperator) -> Tensor | None:
+    """All eigenvalues, in any order, in closed form; None if there is none."""
+    return None
+
+
+@spectrum.register
+def _(operator: Diagonal) -> Tensor | None:
+    return operator.layout.ravel(operator.entries)
+
+
+@spectrum.register
+def _(operator: Multiple) -> Tensor | None:
+    return operator.factor.unsqueeze(-1).expand(*operator.factor.shape, operator.dim)
+
+
+@spectrum.register
+def _(operator: Inverse) -> Tensor | None:
+    values = spectrum(operator.operator)
+    return None if values is None else 1 / values
+
+
+@spectrum.register
+def _(operator: Transpose) -> Tensor | None:
+    return spectrum(operator.operator)
+
+
+@spectrum.register
+def _(operator: Sum) -> Tensor | None:
+    """Of one operator, and multiples of the identity."""
+    shift: Tensor | float = 0.0
+    values: Tensor | None = None
+    for factor, term in operator.terms:
+        factor = factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor
+        if isinstance(term, Multiple):
+            shift = shift + factor * term.factor.unsqueeze(-1)
+            continue
+        found = spectrum(term)
+        if values is not None or found is None:
+            return None
+        values = factor * found
+    return None if values is None else values + shift
 
 
 def _check_count(operator: LinearOperator, k: int | None) -> None:
@@ -123,15 +175,24 @@ def eigh(
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues and G-orthonormal eigenvectors (as columns, shape (d, k)) of B u = λ G u for symmetric B.
 
-    Small or stored operators go through LAPACK; large matrix-free ones with `k` through Lanczos in the G inner product.
+    Structured operators keep their structure; small or stored ones go through LAPACK; large matrix-free ones with `k` through
+    Lanczos in the G inner product.
     """
     _check_count(b, k)
-    if k is not None and not b.materialised and 8 * k + 64 < b.dim:
+    if isinstance(g, Multiple) and g.factor.ndim == 0:
+        check_diagonal(g.factor, True)
+        values, vectors = eigh(b, None, k, which)
+        return values / g.factor, vectors / g.factor.sqrt()
+    found = eigenpairs(b, g, k, which)
+    if found is not None:
+        return found
+    stored = b.materialised and (b.dim <= DENSE_LIMIT or has_matrix(b))
+    if k is not None and not stored and 8 * k + 64 < b.dim:
         return lanczos(b, g, k, which)
     require_small(b, "the full spectrum")
     matrix = densify(b).matrix
     if not isinstance(g, LinearOperator):
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = symmetric_eigh(matrix)
     else:
         size, lower = scaled_cholesky(densify(g).matrix)
         lower = size.unsqueeze(-1) * lower
@@ -139,9 +200,37 @@ def eigh(
         whitened = torch.linalg.solve_triangular(lower, half.mT, upper=False)
         values, basis = torch.linalg.eigh(0.5 * (whitened + whitened.mT))
         vectors = torch.linalg.solve_triangular(lower.mT, basis, upper=True)
-    values, frame = _sorted(values, vectors, k, which)
+    values, frame = picked(values, vectors, k, which)
     assert frame is not None
     return values, frame
+
+
+@singledispatch
+def eigenpairs(b: LinearOperator, g: LinearOperator | None, k: int | None, which: str) -> tuple[Tensor, Tensor] | None:
+    """What `eigh` returns, in closed form; None if there is none."""
+    return None
+
+
+@eigenpairs.register
+def _(b: Diagonal, g: LinearOperator | None, k: int | None, which: str) -> tuple[Tensor, Tensor] | None:
+    values = b.layout.ravel(b.entries)
+    if isinstance(g, Diagonal):
+        for entries in g.entries.values():
+            check_diagonal(entries, True)
+        size = g.layout.ravel(g.entries)
+    elif g is None:
+        size = torch.ones_like(values)
+    else:
+        return None
+    if values.ndim > 1 or size.ndim > 1:
+        return None
+    if k is None:
+        require_small(b, "all eigenvectors")
+    values = values / size
+    index = order(values, which)[:k]
+    vectors = torch.zeros(b.dim, len(index), dtype=values.dtype, device=values.device)
+    vectors[index, torch.arange(len(index), device=index.device)] = size[index].rsqrt()
+    return values[index], vectors
 
 
 class _Krylov:

@@ -1,6 +1,8 @@
 """The typed objects and their typing table."""
 
 from geoad.tensors import gate as _gate  # fills the gate  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from geoad.tensors import leaves as _leaves  # makes two-index objects pytrees  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from geoad.tensors import measured as _measured  # fills the methods of forms  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from geoad.tensors.base import Axis as Axis
 from geoad.tensors.base import TensorType as TensorType
 from geoad.tensors.base import TypedTensor as TypedTensor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad.errors import BasePointError, VarianceError
+from geoad.operators import numbers
 from geoad.tensors import contraction
 from geoad.tensors.base import HANDLERS, TypedTensor, describe, require_same_place
 from geoad.tensors.densities import Density, LogDensity
@@ -147,6 +148,9 @@ def _isfinite(tensor: Any, **_: Any) -> Tensor:
         return tensor.op.factor.isfinite().expand(tensor.batch_shape)
     if isinstance(tensor, Rank2) and isinstance(tensor.op, ops.Diagonal):
         return tensor.home.layout.ravel(tensor.op.entries).isfinite().all(-1).expand(tensor.batch_shape)
+    if isinstance(tensor, Rank2) and numbers.is_plain(tensor.op) and not ops.batch_shape(tensor.op):
+        flags = [leaf.isfinite().all() for leaf in numbers.flatten(tensor.op)[0]]
+        return torch.stack(flags).all().expand(tensor.batch_shape)
     data = dense_of(tensor).isfinite()
     typed = len(tensor.axes)
     return data.flatten(-typed).all(-1) if typed else data

@@ -41,6 +41,8 @@ def matmul(a: Any, b: Any) -> Any:
             if a.up == b.up:
                 a(b)  # raises, with the remedy
             return pair(a, b)
+        if isinstance(a, GeoTensor) and type(a) is not GeoTensor and (found := a.applied(b)) is not None:
+            return found
         if isinstance(a, GeoTensor) and a.at is b.at and a.axes and a.axes[-1].pairs_with(b.axes[0]):
             flat = b.ravel()
             if flat.ndim == 1:
@@ -50,6 +52,9 @@ def matmul(a: Any, b: Any) -> Any:
             return b.mT.mv(a)
         if isinstance(a, Rank2) and same_manifold(a.chart, b.chart):
             return a.compose(b)
+    elif isinstance(a, Rank1) and isinstance(b, GeoTensor) and type(b) is not GeoTensor:
+        if (found := b.mT.applied(a)) is not None:
+            return found
     require_typed(a, b)
     x, y = len(a.axes), len(b.axes)
     if not x or not y:

@@ -12,8 +12,8 @@ from geoad.charts import Chart, Point, flat_reference, same_space
 from geoad.errors import GeometryError, SingularMetricError, VarianceError
 from geoad.operators import CG, LinearOperator
 from geoad.operators.eigen import order
-from geoad.params import is_wrapped, register_pytree
-from geoad.tensors.base import Axis, TypedTensor, describe, require_same_place
+from geoad.params import is_wrapped
+from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, require_same_place
 from geoad.tensors.densities import Density, LogDensity
 from geoad.tensors.general import GeoTensor
 from geoad.tensors.pairing import evaluate
@@ -156,6 +156,26 @@ class Form(_Bilinear):
         form = self.damped(damping)
         return form._like(ops.inverse(form.op, positive=isinstance(self, Metric)), cls=Cometric)
 
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Vector:
+        """n vectors from the Gaussian N(0, B⁻¹) on the tangent space, as a batch; B is positive definite.
+
+        Drawn where the form was made and moved: the same state of the generator gives the same vectors in every chart.
+
+        Raises:
+            SingularMetricError: the form is not positive definite.
+        """
+        return HANDLERS["sample"](self, n, generator)
+
+    def power(self, p: float, metric: Any = None) -> Any:
+        """R (R⁻¹B)^p, a form, for a symmetric B and a metric R (default: the reference metric): B² is B R⁻¹ B, B⁰ is R.
+
+        In the structure of B if R is a multiple of the identity where B was made, else dense. Real p need a positive B.
+
+        Raises:
+            SingularMetricError: B is singular with p < 0, or has a negative eigenvalue and p is not an integer.
+        """
+        return HANDLERS["power"](self, p, metric)
+
 
 class InnerProduct(Form):
     """What `Metric` and `HorizontalMetric` share: a symmetric form that measures vectors and turns them into covectors."""
@@ -181,6 +201,14 @@ class InnerProduct(Form):
         if not isinstance(form, Form):
             raise self._no_metric("the trace")
         return (self.inverse() @ form).trace()
+
+    def inner(self, a: Form, b: Form) -> Tensor:
+        """The inner product of two forms, G^ik G^jl A_ij B_kl = tr G⁻¹A G⁻¹Bᵀ, an invariant scalar."""
+        return HANDLERS["inner"](self, a, b)
+
+    def frobenius(self, form: Form) -> Tensor:
+        """The norm of a form, √tr G⁻¹B G⁻¹Bᵀ: the Frobenius norm in any G-orthonormal frame."""
+        return self.inner(form, form).clamp_min(0).sqrt()
 
 
 class Metric(InnerProduct):
@@ -348,42 +376,3 @@ def seen_from(cls: Any, home: Chart, op: LinearOperator, at: Point) -> Any:
     if same_space(home, at.chart):
         return cls(at.chart, op, at, home=home)
     return cls(home, op, at.to(home)).to(at.chart)
-
-
-def _flatten(tensor: Rank2) -> tuple[list[Any], Any]:
-    """The stored numbers are the leaves; matrix-free objects are made dense, and refuse above a size."""
-    op = tensor.op
-    if not isinstance(op, (ops.Dense, ops.Diagonal, ops.Multiple)):
-        ops.require_small(op, "crossing the border of a transform with a matrix-free object")
-        op = ops.densify(op)
-    numbers: list[Tensor]
-    match op:
-        case ops.Diagonal():
-            numbers = list(op.entries.values())
-        case ops.Multiple():
-            numbers = [op.factor]
-        case _:
-            numbers = [ops.densify(op).matrix]
-    moving = is_wrapped(tensor.at.blocks) or bool(tensor.at.batch_shape)
-    context = (tensor.chart, tensor.home, tensor.ups, type(op), op.symmetric, op.definite, None if moving else tensor.at)
-    return ([numbers, tensor.at] if moving else [numbers]), context
-
-
-def _unflatten(cls: type[Rank2]) -> Any:
-    def build(children: list[Any], context: Any) -> Rank2:
-        chart, home, ups, kind, symmetric, definite, at = context
-        numbers: list[Any] = list(children[0])
-        op: LinearOperator
-        if kind is ops.Diagonal:
-            op = ops.Diagonal(home.layout, dict(zip(home.layout.names, numbers, strict=True)), definite=definite)
-        elif kind is ops.Multiple:
-            op = ops.Multiple(home.layout, numbers[0], definite=definite)
-        else:
-            op = ops.Dense(home.layout, numbers[0], symmetric=symmetric, definite=definite)
-        return cls(chart, op, at if at is not None else children[1], home=home, ups=ups)
-
-    return build
-
-
-for _cls in (Rank2, Form, Metric, HorizontalMetric, Cometric, Endomorphism, DualEndomorphism):
-    register_pytree(_cls, _flatten, _unflatten(_cls))

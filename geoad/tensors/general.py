@@ -108,6 +108,10 @@ class GeoTensor(TypedTensor):
         here = self.to(chart)
         return type(self)(here.data, here._axes, to.to(chart)).to(to.chart)
 
+    def applied(self, argument: Rank1) -> Any:
+        """T x over the last index without the dense numbers, for classes that do not hold them; None where they are at hand."""
+        return None
+
     def mv(self, other: TypedTensor) -> Any:
         """Contract the last index with the first of `other`: the same as ``self @ other``."""
         return self @ other

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from geoad import operators as ops
 from geoad import transport
 from geoad.charts import Chart, Point
 from geoad.operators import LinearOperator
-from geoad.params import Blocks, map_blocks
+from geoad.params import Blocks
+from geoad.tensors import layerwise
 
 __all__ = ["Moved"]
 
@@ -35,13 +35,8 @@ class Moved(LinearOperator):
         """The moved operator, in the structure of `op` where the map between the charts keeps it."""
         if isinstance(op, ops.Multiple) and ups[0] != ups[1]:
             return op
-        if isinstance(op, (ops.Diagonal, ops.Multiple)) and transport.is_elementwise(at.chart, chart) and not at.batch_shape:
-            if ups[0] != ups[1]:
-                return op
-            ones = {name: op.like.new_ones(shape) for name, shape in op.layout.items()}
-            entries = map_blocks(torch.mul, op.mv(ones), _squared(ups[0], at, chart, ones))
-            return ops.Diagonal(chart.layout, entries, definite=op.definite)
-        return Moved(op, ups, at, chart)
+        kept = layerwise.moved(op, ups, at, chart)
+        return Moved(op, ups, at, chart) if kept is None else kept
 
     @property
     def like(self) -> Tensor:
@@ -57,13 +52,6 @@ class Moved(LinearOperator):
         inward = transport.covector if self.ups[0] else transport.vector
         outward = transport.vector if self.ups[1] else transport.covector
         return outward(self.op.rmv(inward(w, self.there, self.at.chart)), self.at, self.there.chart)
-
-
-def _squared(up: bool, at: Point, chart: Chart, ones: Blocks) -> Blocks:
-    """The squares of the diagonal of J (or of J⁻ᵀ) between two charts related by an elementwise map."""
-    move = transport.vector if up else transport.covector
-    diagonal = move(ones, at, chart)
-    return map_blocks(torch.mul, diagonal, diagonal)
 
 
 @ops.to_dense.register

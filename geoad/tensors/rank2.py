@@ -56,7 +56,7 @@ class Rank2(TypedTensor):
 
     @property
     def batch_shape(self) -> torch.Size:
-        own, points = op_batch(self.op), self.at.batch_shape
+        own, points = ops.batch_shape(self.op), self.at.batch_shape
         return own if len(own) >= len(points) else points
 
     @property
@@ -139,7 +139,7 @@ class Rank2(TypedTensor):
             )
 
     def map_numbers(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        return self._like(_map_operator(self.op, fn))
+        return self._like(ops.map_numbers(self.op, fn))
 
     def _cast(self, dtype: torch.dtype, device: torch.device) -> Self:
         if dtype == self.dtype and device == self.device:
@@ -148,7 +148,7 @@ class Rank2(TypedTensor):
         if not op.materialised:
             ops.require_small(op, "changing the dtype or device of a matrix-free object")
             op = ops.densify(op)
-        op = _map_operator(op, lambda t: t.to(device, dtype))
+        op = ops.map_numbers(op, lambda t: t.to(device, dtype))
         at = self.at.to(dtype=dtype, device=device)
         return type(self)(self.chart, op, at, home=self.home, ups=self.ups)
 
@@ -199,6 +199,21 @@ class Rank2(TypedTensor):
 
     T = mT
 
+    def diagonal(self, *_: Any) -> Any:
+        """Refused: the diagonal entries of a tensor mean something else in every chart."""
+        raise VarianceError(
+            f"the diagonal of {describe(self)} was asked for: a diagonal is no tensor, its entries belong to the chart. With "
+            "respect to a metric there are G.trace(B) and geoad.eigh(B, metric=G); for the plain entries in this chart use "
+            "geoad.operators.diagonal(T.operator)."
+        )
+
+    def to_scipy(self) -> Any:
+        """The components in this chart as a ``scipy.sparse.linalg.LinearOperator``, in the raveled order of the chart.
+
+        Products only: nothing of size d × d is made.
+        """
+        return ops.to_scipy(self.operator)
+
     def __reduce__(self) -> tuple[Any, ...]:
         if not self.op.materialised:
             _require_picklable(self)
@@ -220,41 +235,22 @@ def _require_picklable(tensor: Rank2) -> None:
         ) from error
 
 
-def op_batch(op: LinearOperator) -> torch.Size:
-    """The batch shape of the stored numbers."""
-    match op:
-        case ops.Dense():
-            return op.matrix.shape[:-2]
-        case ops.Diagonal():
-            return op.layout.batch_shape(op.entries)
-        case ops.Multiple():
-            return op.factor.shape
-        case ops.Inverse() | ops.Transpose() | ops.Detached():
-            return op_batch(op.operator)
-        case ops.Product():
-            return torch.broadcast_shapes(op_batch(op.left), op_batch(op.right))
-        case ops.Sum():
-            return torch.broadcast_shapes(*(op_batch(term) for _, term in op.terms))
-        case _:
-            return torch.Size()
-
-
 def for_batch(tensor: Rank2, blocks: Blocks) -> LinearOperator:
     """The operator of `tensor` with its batch axes placed so that they broadcast with those of `blocks`.
 
     The batch axes of the base point come first in both; further ones broadcast as in torch.
     """
-    wanted, own = len(tensor.home.layout.batch_shape(blocks)), len(op_batch(tensor.op))
+    wanted, own = len(tensor.home.layout.batch_shape(blocks)), len(ops.batch_shape(tensor.op))
     points = len(tensor.at.batch_shape)
     if not points or not own or wanted <= own:
         return tensor.op
-    return _map_operator(tensor.op, lambda stored: insert_axes(stored, points, wanted - own))
+    return ops.map_numbers(tensor.op, lambda stored: insert_axes(stored, points, wanted - own))
 
 
 def product(tensor: Rank2, blocks: Blocks) -> Blocks:
     """A v under the batch axes of both."""
     op, layout = tensor.op, tensor.home.layout
-    wanted, own, points = len(layout.batch_shape(blocks)), len(op_batch(op)), len(tensor.at.batch_shape)
+    wanted, own, points = len(layout.batch_shape(blocks)), len(ops.batch_shape(op)), len(tensor.at.batch_shape)
     if op.materialised:
         if points and wanted < own:
             blocks = map_blocks(lambda block: insert_axes(block, points, own - wanted), blocks)
@@ -263,27 +259,6 @@ def product(tensor: Rank2, blocks: Blocks) -> Blocks:
     for _ in range(wanted - max(own, points)):
         mapped = torch.func.vmap(mapped, in_dims=points, out_dims=points)
     return mapped(blocks)
-
-
-def _map_operator(op: LinearOperator, fn: Callable[[Tensor], Tensor]) -> LinearOperator:
-    match op:
-        case ops.Dense():
-            return ops.Dense(op.layout, fn(op.matrix), symmetric=op.symmetric, definite=op.definite)
-        case ops.Diagonal():
-            return ops.Diagonal(op.layout, {n: fn(b) for n, b in op.entries.items()}, definite=op.definite)
-        case ops.Multiple():
-            return ops.Multiple(op.layout, fn(op.factor), definite=op.definite)
-        case ops.Sum():
-            terms = [(factor, _map_operator(term, fn)) for factor, term in op.terms]
-            return ops.Sum(terms, definite=op.definite, symmetric=op.symmetric)
-        case ops.Inverse():
-            return ops.Inverse(_map_operator(op.operator, fn), positive=op.positive)
-        case ops.Product():
-            return ops.Product(_map_operator(op.left, fn), _map_operator(op.right, fn))
-        case ops.Transpose():
-            return ops.Transpose(_map_operator(op.operator, fn))
-        case _:
-            return ops.Detached(op) if fn is torch.detach else op
 
 
 def common_home(a: Rank2, b: Rank2) -> tuple[Chart, LinearOperator, LinearOperator]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from geoad import operators as ops
 from geoad.charts import Chart, Point
 from geoad.errors import ChartMismatchError, GeometryError
-from geoad.operators import LinearOperator
+from geoad.operators import LinearOperator, numbers
 from geoad.params import Blocks, Layout
 from geoad.tensors.base import Axis, TypedTensor
 from geoad.tensors.densities import Density, LogDensity
@@ -54,8 +54,8 @@ _KINDS: dict[str, Any] = {
 def to_state(thing: Point | TypedTensor) -> State:
     """A `Point` or typed object as a dict of tensors and primitives, for ``torch.save`` and ``torch.load(weights_only=True)``.
 
-    Diagonal matrices and multiples of the identity keep their structure; matrix-free objects are stored as a matrix, and
-    refused above `geoad.operators.DENSE_LIMIT` coordinates.
+    Structured operators (diagonal, Kronecker, low-rank ...) keep their structure; matrix-free objects are stored as a matrix,
+    and refused above `geoad.operators.DENSE_LIMIT` coordinates.
 
     >>> import torch, geoad
     >>> x = geoad.Chart({"x": (2,)}, name="x")
@@ -87,6 +87,7 @@ def to_state(thing: Point | TypedTensor) -> State:
                 state["at_home"] = _point_state(thing.at.to(home))
             state["operator"] = _operator_state(thing.op)
         case GeoTensor():
+            state["kind"] = "GeoTensor"  # of a Jacobian by its products the matrix is kept
             state["data"] = thing.data.detach()
             state["axes"] = [
                 {"chart": None if axis.chart is None else _chart_state(axis.chart), "up": axis.up, "size": axis.size}
@@ -123,19 +124,16 @@ def _point_state(point: Point) -> State:
 
 
 def _operator_state(op: LinearOperator) -> State:
-    match op:
-        case ops.Multiple():
-            return {"structure": "multiple", "factor": op.factor.detach(), "definite": op.definite}
-        case ops.Diagonal():
-            return {"structure": "diagonal", "entries": _plain(op.entries), "definite": op.definite}
-        case ops.Inverse() if op.operator.materialised:
-            return {"structure": "inverse", "operator": _operator_state(op.operator), "positive": op.positive}
-        case ops.Dense():
-            matrix = op.matrix
-        case _:
-            ops.require_small(op, "saving a matrix-free object")
-            matrix = ops.to_dense(op)
-    return {"structure": "dense", "matrix": matrix.detach(), "symmetric": op.symmetric, "definite": op.definite}
+    if not _keeps_structure(op):
+        ops.require_small(op, "saving a matrix-free object")
+        op = ops.densify(op)
+    return numbers.state_of(op)
+
+
+def _keeps_structure(op: LinearOperator) -> bool:
+    """It is made of stored numbers of known classes."""
+    inside = op.operator if isinstance(op, ops.Inverse) else op
+    return numbers.is_plain(inside)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ def from_state(state: Mapping[str, Any], chart: Chart | Sequence[Chart] | None =
         if "home" in state:
             home = reader.chart(state["home"])
             at = reader.point(state["at_home"], view=at).to(here)
-        return cls(here, _operator(state["operator"], home.layout), at, home=home)
+        return cls(here, numbers.from_state(state["operator"], home.layout), at, home=home)
     if cls is GeoTensor:
         axes = [Axis(reader.chart(a["chart"], foreign=True) if a["chart"] else None, a["up"], a["size"]) for a in state["axes"]]
         return GeoTensor(state["data"], axes, at)
@@ -185,17 +183,6 @@ def from_state(state: Mapping[str, Any], chart: Chart | Sequence[Chart] | None =
 
 def _in_order(blocks: Mapping[str, Tensor], layout: Layout) -> Blocks:
     return {name: blocks[name] for name in layout.names}
-
-
-def _operator(state: Mapping[str, Any], layout: Layout) -> LinearOperator:
-    structure = state["structure"]
-    if structure == "multiple":
-        return ops.Multiple(layout, state["factor"], definite=state["definite"])
-    if structure == "diagonal":
-        return ops.Diagonal(layout, _in_order(state["entries"], layout), definite=state["definite"])
-    if structure == "inverse":
-        return ops.Inverse(_operator(state["operator"], layout), positive=state["positive"])
-    return ops.Dense(layout, state["matrix"], symmetric=state["symmetric"], definite=state["definite"])
 
 
 def _roots(chart: Chart) -> tuple[Chart, ...]:

@@ -1,0 +1,158 @@
+"""A curvature matrix at a point in one of the stored representations, from the rows of all samples."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from geoad import operators as ops
+from geoad.charts import Chart
+from geoad.curvature.collect import Collector, Task
+from geoad.curvature.collect_kron import collectors
+from geoad.curvature.combine import combine, described
+from geoad.curvature.representations import KFAC, Mixed, QuasiDiagonal, Representation
+from geoad.curvature.resume import Journal, journal, resuming
+from geoad.curvature.sweep import Plans, sweep
+from geoad.errors import StructureNotPreservedError
+from geoad.kernels.spread import digest
+from geoad.operators import LinearOperator
+from geoad.params import Blocks, first
+
+if TYPE_CHECKING:
+    from geoad.curvature.network import NetworkCurvature
+
+__all__ = ["build", "less_mean", "require_chart"]
+
+
+def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> LinearOperator:
+    """The value of `field` at `x` in a stored representation.
+
+    Raises:
+        GeometryError: the result does not fit into the memory of the machine.
+    """
+    layout = field.home.layout
+    plans = Plans(field.outputs, x)
+    exchange = field.exchange
+    call = "" if exchange is None and not resuming() else described(field, structure, x)
+    rank, size = (0, 1) if exchange is None else (exchange.rank, exchange.size)
+    with field.guarded(call):
+        plan = plans.of(field.some_inputs())
+        log = journal(f"{call}, max_memory={field.max_memory}", first(x).device, rank, size)
+        found = collectors(structure, layout, Task(x, plan, not field.signed, field.max_memory, again=log is not None))
+    if exchange is not None:
+        exchange.agree(f"{call}, layers {digest(str(sorted(plan.coverage().items()))):x}")
+    waiting = found
+    for stage in range(max(each.stages for each in found)):
+        if waiting:
+            with field.guarded(call):
+                _pass(field, plans, waiting, log)
+        active = [each for each in found if each.stages > stage]
+        if exchange is not None:
+            combine(active, exchange, call)
+        waiting = [each for each in active if not each.finished()]
+    if log is not None:
+        log.finish()
+    parts: dict[tuple[str, ...], LinearOperator] = {}
+    for each in found:
+        parts |= each.parts()
+    if set(parts) == {layout.names}:
+        return parts[layout.names]
+    return ops.BlockDiagonal(layout, parts)
+
+
+def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None) -> None:
+    """One pass over the data of this process."""
+    page = None if log is None else log.page(waiting)
+    sweep(
+        plans,
+        field.swept(plans.x, page),
+        lambda f, y: _inspected(field, plans.x, f, y),
+        waiting,
+        max_memory=field.max_memory,
+        progress=field.progress,
+        total=field.batches.own if field.progress else None,
+        page=page,
+    )
+    if log is not None and page is not None:
+        log.turn(page)
+
+
+def _inspected(field: NetworkCurvature, x: Blocks, outputs: Tensor, labels: object) -> tuple[Tensor, Tensor | None]:
+    field.inspect(outputs, x)
+    return field.weighted_seeds(outputs, labels)
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------------
+
+
+def require_chart(structure: Representation, home: Chart) -> None:
+    """Raise where the structure of layers is asked for in coordinates that have no layers."""
+    wanted = [each for each in _inside(structure) if isinstance(each, (KFAC, QuasiDiagonal))]
+    if wanted and home != home.reference:
+        raise StructureNotPreservedError(
+            f"{wanted[0]} was asked for with chart='{home.name}': it is made of the inputs and outputs of layers, which are "
+            "those of the reference chart. Leave chart= out and look at the value there (F(p) at a point of "
+            f"'{home.name}'), or build 'diagonal', 'block_diagonal' or 'low_rank' in '{home.name}'."
+        )
+
+
+def _inside(structure: Representation) -> list[Representation]:
+    return [inner for _, inner in structure.parts] if isinstance(structure, Mixed) else [structure]
+
+
+# -- covariances -------------------------------------------------------------------------------------------------------------
+
+
+@singledispatch
+def less_mean(op: LinearOperator, mean: Blocks, factor: float) -> LinearOperator:
+    """op - factor · m mᵀ in the structure of `op`."""
+    column = {name: factor**0.5 * block.unsqueeze(0) for name, block in mean.items()}
+    one = next(iter(mean.values())).new_ones(1)
+    return ops.plus(op, ops.LowRank(op.layout, column, signs=-one))
+
+
+@less_mean.register
+def _dense(op: ops.Dense, mean: Blocks, factor: float) -> LinearOperator:
+    m = op.layout.ravel(mean)
+    return ops.Dense(op.layout, op.matrix.addr(m, m, alpha=-factor), symmetric=True)
+
+
+@less_mean.register
+def _diagonal(op: ops.Diagonal, mean: Blocks, factor: float) -> LinearOperator:
+    return ops.Diagonal(op.layout, {name: e - factor * mean[name].square() for name, e in op.entries.items()})
+
+
+@less_mean.register
+def _blockdiagonal(op: ops.BlockDiagonal, mean: Blocks, factor: float) -> LinearOperator:
+    parts = {names: less_mean(part, {name: mean[name] for name in names}, factor) for names, part in op.parts.items()}
+    return ops.BlockDiagonal(op.layout, parts)
+
+
+@less_mean.register
+def _quasidiagonal(op: ops.QuasiDiagonal, mean: Blocks, factor: float) -> LinearOperator:
+    entries = {name: e - factor * mean[name].square() for name, e in op.entries.items()}
+    cross = {key: c - factor * _coupled(op, key, mean) for key, c in op.cross.items()}
+    return ops.QuasiDiagonal(op.layout, entries, cross)
+
+
+def _coupled(op: ops.QuasiDiagonal, key: ops.Arrangement, mean: Blocks) -> Tensor:
+    """m_w m_b for each weight."""
+    assert key.weight is not None and key.bias is not None
+    rows = key.rows(op.layout, mean[key.weight])
+    return key.block(op.layout, rows * mean[key.bias].reshape(*rows.shape[:2], 1))
+
+
+@less_mean.register
+def _eigenkronecker(op: ops.EigenKronecker, mean: Blocks, factor: float) -> LinearOperator:
+    turned = op.rotated(mean)
+    return op.with_values(op.values - factor * turned.square(), False)
+
+
+@less_mean.register
+def _kronecker(op: ops.Kronecker, mean: Blocks, factor: float) -> LinearOperator:
+    raise StructureNotPreservedError(
+        "the covariance of the gradients has no Kronecker factors: what is taken from the second moment is no product. Use "
+        "representation='ekfac', 'block_diagonal' or 'diagonal', or kind='empirical'."
+    )

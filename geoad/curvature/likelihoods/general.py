@@ -1,0 +1,169 @@
+"""Curvature in output space that comes from no family: a matrix of one's own, and any loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geoad.curvature.likelihoods.base import Likelihood, readable
+from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, spread_signs, wide
+from geoad.errors import GeometryError
+from geoad.kernels import products
+from geoad.params import flatten
+
+__all__ = ["Loss", "OutputMatrix"]
+
+
+class OutputMatrix(Likelihood):
+    """The general pull-back JᵀAJ with an output-space matrix A(f, y) of one's own.
+
+    Args:
+        fn: fn(outputs, targets) -> A, symmetric, (n, ..., c, c) for outputs (n, ..., c), or its diagonal in the shape of the
+            outputs. Where the curvature asks for no labels, targets is None.
+        positive: A is positive semidefinite, and this is checked where a root is needed. With False the root is that of |A|,
+            and `signs` tells the sign of each seed.
+
+    >>> import torch
+    >>> first = OutputMatrix(lambda f, y: torch.diag(torch.tensor([1.0, 0.0])).expand(len(f), 2, 2))
+    >>> first.fisher(torch.zeros(1, 2), torch.ones(1, 2))
+    tensor([[1., 0.]])
+    """
+
+    def __init__(self, fn: Callable[[Tensor, Any], Tensor], positive: bool = True) -> None:
+        self.fn = fn
+        self.positive = positive
+
+    def fisher(self, outputs: Tensor, t: Tensor) -> Tensor:
+        return self.hessian(outputs, None, t)
+
+    def hessian(self, outputs: Tensor, targets: Any, t: Tensor) -> Tensor:
+        a = self._value(outputs, targets)
+        return a * t if a.ndim == outputs.ndim else (a @ t.unsqueeze(-1)).squeeze(-1)
+
+    def matrix(self, outputs: Tensor, targets: Any = None) -> Tensor:
+        a = self._value(outputs, targets)
+        return torch.diag_embed(a) if a.ndim == outputs.ndim else a
+
+    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+        return spread(self._root(outputs, targets)[0].to(outputs.dtype))
+
+    def signs(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
+        return None if self.positive else spread_signs(self._root(outputs, targets)[1].to(outputs.dtype))
+
+    def _root(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        a = wide(self.matrix(outputs, targets))
+        if readable(a) and a.numel():
+            off, size = float((a - a.mT).abs().max()), float(a.abs().max())
+            if not off <= 1e3 * torch.finfo(a.dtype).eps * size:
+                raise GeometryError(
+                    f"the matrix of OutputMatrix must be symmetric and finite: its entries reach {size:.3g} and differ from "
+                    f"the transposed ones by up to {off:.3g}. Only the symmetric part is a curvature: return (A + A.mT) / 2."
+                )
+        return signed_root(a, "the matrix of OutputMatrix", indefinite=not self.positive)
+
+    def _value(self, outputs: Tensor, targets: Any) -> Tensor:
+        a: Any = self.fn(outputs, targets)
+        c = outputs.shape[-1]
+        if isinstance(a, Tensor) and a.shape in (outputs.shape, (*outputs.shape, c)):
+            return a
+        found = tuple(a.shape) if isinstance(a, Tensor) else f"a {type(a).__name__}"
+        raise GeometryError(
+            f"the function of OutputMatrix must return symmetric matrices of shape {(*outputs.shape, c)} or diagonals of shape "
+            f"{tuple(outputs.shape)} for outputs of that shape, found {found}. Use A.expand for one that is the same for all."
+        )
+
+
+class Loss(Likelihood):
+    """Any loss as -log p up to a constant, for Gauss-Newton matrices and empirical Fishers.
+
+    Args:
+        loss_fn: loss_fn(outputs, targets) -> Tensor, a function or a module. It is given one sample at a time, as a batch of
+            one, and what it returns is summed up: with reduction="mean" (torch's default) the value of a sample is the mean
+            over its outputs, with reduction="none" or "sum" their sum. Samples cannot mix; so losses with class weights need
+            reduction="none", for their mean is divided by the weights of the whole batch.
+
+    A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions.
+    A loss has no distribution over labels, so it has no exact and no Monte-Carlo Fisher.
+
+    >>> import torch
+    >>> loss = Loss(torch.nn.functional.smooth_l1_loss)
+    >>> loss.nll(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
+    tensor([1.3125])
+    """
+
+    def __init__(self, loss_fn: Callable[[Tensor, Any], Tensor]) -> None:
+        if not callable(loss_fn):
+            raise GeometryError(
+                f"Loss needs a function loss_fn(outputs, targets), found {type(loss_fn).__name__}. For example "
+                "Loss(torch.nn.functional.huber_loss)."
+            )
+        given: Any = loss_fn
+        if isinstance(given, nn.CrossEntropyLoss | nn.NLLLoss) and _is_weighted_mean(given):
+            raise GeometryError(
+                f"the mean of {type(given).__name__} with class weights is divided by the weights of the whole batch, so it is "
+                "no mean of values of the samples: taken one by one they would lose their weights. Use reduction='none'; the "
+                "curvature is then that of the weighted losses, averaged over the samples."
+            )
+        self.loss_fn = loss_fn
+
+    def fisher(self, outputs: Tensor, t: Tensor) -> Tensor:
+        name = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+        raise GeometryError(
+            f"the loss '{name}' is no distribution over labels, so it has no exact and no Monte-Carlo Fisher. Use the GGN or "
+            "kind='empirical' with it, or say what the outputs parametrise: 'categorical', 'gaussian', ... or "
+            "Family(lambda f: torch.distributions...)."
+        )
+
+    def nll(self, outputs: Tensor, targets: Any) -> Tensor:
+        leaves, rebuild = flatten(targets)
+
+        def one(sample: list[Tensor]) -> Tensor:
+            f, *parts = (each.unsqueeze(0) for each in sample)
+            targets_of_f = rebuild([parts.pop(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+            return self.loss_fn(f, targets_of_f).sum()
+
+        return products.mapped(one, [outputs, *(leaf for leaf in leaves if isinstance(leaf, Tensor))])
+
+    def matrix(self, outputs: Tensor, targets: Any = None) -> Tensor:
+        """The Hessian of every sample, (n, C, C) with all C numbers of its outputs."""
+        n, size = outputs.shape[0], numbers_of_a_sample(outputs.shape)
+        if targets is None:
+            self.fisher(outputs, outputs)
+
+        def column(unit: Tensor) -> Tensor:
+            t = unit.reshape(outputs.shape[1:]).expand_as(outputs)
+            return self.hessian(outputs, targets, t).reshape(n, size)
+
+        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+        return products.mapped(column, units).movedim(0, -1)
+
+    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+        local, _ = signed_root(wide(self.matrix(outputs, targets)), "the Hessian of the loss in the outputs")
+        return local.reshape(len(local), *outputs.shape).to(outputs.dtype)
+
+    def mean_factor(self, outputs_shape: Any) -> float:
+        """1: `nll` is the loss itself."""
+        return 1.0
+
+    def check_targets(self, outputs: Tensor, targets: Any) -> None:
+        self.check(outputs)
+        for leaf in flatten(targets)[0]:
+            if not isinstance(leaf, Tensor):
+                continue
+            if leaf.ndim == 0 or len(leaf) != len(outputs):
+                raise GeometryError(
+                    f"the loss is taken sample by sample: outputs have shape {tuple(outputs.shape)}, but a target has shape "
+                    f"{tuple(leaf.shape)}. Give every target a sample axis of length {len(outputs)} in front."
+                )
+            if leaf.is_floating_point() and readable(leaf) and bool(leaf.isnan().any()):
+                raise GeometryError(
+                    f"{int(leaf.isnan().sum())} of {leaf.numel()} targets are nan. The curvature would be nan throughout; drop "
+                    "these samples."
+                )
+
+
+def _is_weighted_mean(loss: Any) -> bool:
+    return loss.weight is not None and loss.reduction == "mean"

@@ -1,0 +1,218 @@
+"""Curvature fields of a network over data: what Fisher, Gauss-Newton and gradient covariances share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from geoad import operators as ops
+from geoad.charts import Chart
+from geoad.curvature.build import build, require_chart
+from geoad.curvature.combine import described
+from geoad.curvature.pullback import OutputCurvature, Part
+from geoad.curvature.representations import Dense, Implicit, representation_of
+from geoad.curvature.resume import Page
+from geoad.curvature.sweep import Batch, Plans, Seeds
+from geoad.data import Batches
+from geoad.errors import GeometryError
+from geoad.kernels.spread import Exchange
+from geoad.params import Blocks, is_wrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from geoad.curvature.likelihoods import Likelihood
+    from geoad.module import GeoModule
+
+__all__ = ["NetworkCurvature"]
+
+
+class NetworkCurvature(OutputCurvature):
+    r"""Σ_n w J_nᵀ A(f_n, y_n) J_n over a data set, in one of the representations.
+
+    A subclass says what A is: `bend`, the product A t of a batch, and `seeds`, a square root of A.
+
+    Args:
+        geo: the network.
+        data: (x, y), x alone as a tensor, a mapping, a list of batches or a ``DataLoader``.
+        likelihood: what the outputs mean.
+        outputs: which function of the network's outputs is meant, e.g. a selection of classes.
+        chart: the chart in which structure is imposed. Default: the reference chart.
+        representation: a name, an object of `geoad.curvature.representations`, or a mapping from patterns to these.
+        reduction: "mean" or "sum" over the samples.
+        max_memory: bytes that intermediate results may take.
+        progress: show a progress bar (needs tqdm).
+    """
+
+    def __init__(
+        self,
+        geo: GeoModule,
+        data: Any,
+        likelihood: Likelihood,
+        *,
+        outputs: Callable[[Tensor], Tensor] | None,
+        chart: Chart | None,
+        representation: Any,
+        reduction: str,
+        max_memory: int,
+        progress: bool,
+    ) -> None:
+        name = type(self).__name__
+        if reduction not in ("mean", "sum"):
+            raise GeometryError(
+                f"reduction={reduction!r} is not offered for a {name} matrix. Available: 'mean' and 'sum' over the samples."
+            )
+        if not callable(getattr(geo, "evaluate", None)):
+            raise GeometryError(
+                f"a {name} matrix belongs to a network, found {type(geo).__name__}. Pass the geoad.GeoModule; bare networks "
+                "have no chart."
+            )
+        self.structure = representation_of(representation)
+        super().__init__(chart or geo.reference, "implicit" if isinstance(self.structure, Implicit) else "stored")
+        if self.home.reference != geo.reference:
+            raise GeometryError(
+                f"chart= must be a chart of the network's manifold, found '{self.home.name}'. Use geo.reference or a chart "
+                "made from it by reparametrize."
+            )
+        require_chart(self.structure, self.home)
+        self.geo = geo
+        self.batches = data if isinstance(data, Batches) else Batches(data)
+        self.likelihood = likelihood
+        self.select = outputs
+        self.reduction = reduction
+        self.max_memory, self.progress = max_memory, progress
+
+    # -- what a subclass says ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
+        """(s, signs) with A = Σ_k signs_k s_k s_kᵀ: shape (K, *outputs.shape); signs is None where all are +1."""
+
+    @abstractmethod
+    def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
+        """A(f, y) t."""
+
+    def labels(self, outputs: Tensor, targets: Any, batch: int) -> Any:
+        """What A needs to know of a batch beside its outputs."""
+        return None
+
+    # -- the network over the data -------------------------------------------------------------------------------------------
+
+    def evaluate(self, theta: Blocks, inputs: Any) -> Tensor:
+        """The outputs (n, ..., c) of a batch at the reference coordinates."""
+        outputs: Any = self.geo.evaluate(theta, inputs)
+        if not isinstance(outputs, Tensor):
+            raise GeometryError(
+                f"the likelihood needs the outputs as one tensor (n, ..., c), the network returned {type(outputs).__name__}. "
+                "Say which part parametrises the likelihood: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
+            )
+        if self.select is not None:
+            outputs = self.select(outputs)
+        self.likelihood.check(outputs)
+        return outputs
+
+    def outputs(self, x: Blocks, inputs: Any) -> Tensor:
+        """The outputs of a batch at coordinates of ``home``."""
+        return self.evaluate(x if self.way is None else self.way(x), inputs)
+
+    def inspect(self, outputs: Tensor, x: Blocks) -> None:
+        """Refuse outputs that are not finite, where values can be read."""
+        if not is_wrapped({"outputs": outputs}) and not bool(outputs.isfinite().all()):
+            raise GeometryError(_not_finite(type(self).__name__, outputs, x))
+
+    @property
+    def weight(self) -> float:
+        """w: 1/N for the mean, 1 for the sum."""
+        return 1 / self.batches.total if self.reduction == "mean" else 1.0
+
+    def swept(self, x: Blocks, page: Page | None = None) -> Iterator[Batch]:
+        """The batches with what A needs to know of them at the point `x`; with a `page`, those that are still to be done."""
+        for i, (size, inputs, targets) in enumerate(self.batches.sized()):
+            if page is not None and not page.saw(inputs, targets):
+                continue
+            yield Batch(size, inputs, self._fixed(x, inputs, targets, i))
+
+    def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
+        if not self.needs_outputs:
+            return self.labels(torch.empty(0), targets, batch)
+        with torch.no_grad():
+            outputs = self.outputs(x, inputs)
+            self.inspect(outputs, x)
+            return self.labels(outputs, targets, batch)
+
+    needs_outputs: bool = False
+    """`labels` looks at the outputs."""
+
+    signed: bool = False
+    """A may be indefinite."""
+
+    def weighted_seeds(self, outputs: Tensor, labels: Any) -> Seeds:
+        """The seeds of w A."""
+        s, signs = self.seeds(outputs, labels)
+        return self.weight**0.5 * s, signs
+
+    def reference_parts(self) -> Iterable[Part]:
+        weight = self.weight
+        for i, (_, inputs, targets) in enumerate(self.batches.sized()):
+            labels = self.labels(torch.empty(0), targets, i)
+            yield Part(
+                weight,
+                lambda theta, inputs=inputs: self.evaluate(theta, inputs),
+                lambda f, t, labels=labels: self.bend(f, t, labels),
+            )
+
+    # -- values --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def exchange(self) -> Exchange | None:
+        return self.batches.exchange
+
+    def agree(self, x: Blocks) -> None:
+        """Raise in all processes unless all ask for this field at `x`."""
+        if self.exchange is not None and not is_wrapped(x):
+            self.exchange.agree(described(self, self.structure, x))
+
+    def operator(self, x: Blocks) -> ops.LinearOperator:
+        if isinstance(self.structure, Implicit):
+            self.agree(x)
+            return super().operator(x)
+        return build(self, x, self.structure)
+
+    def product(self, x: Blocks, v: Blocks) -> Blocks:
+        if not self.structure.imposed:
+            return super().product(x, v)
+        if is_wrapped(x):
+            raise GeometryError(
+                f"a derivative of the {type(self).__name__} field in the representation {self.structure} was asked for (a "
+                "connection, a geodesic): it is built from numbers and has none. Use representation='implicit' there."
+            )
+        return self.operator(x).mv(v)
+
+    def dense(self, x: Blocks) -> Tensor:
+        return ops.to_dense(build(self, x, Dense()))
+
+    def coverage(self) -> dict[str, str]:
+        """For each block of the network how its derivatives are taken: by the rule of a layer, or generically and why.
+
+        Both give the same numbers; the rules are faster.
+        """
+        x = self.geo.point().to(self.home).blocks
+        found = Plans(self.outputs, x).of(self.some_inputs()).coverage()
+        return {name: found[name] for name in self.home.layout}
+
+    def some_inputs(self) -> Any:
+        """The inputs of the first batch."""
+        return next(inputs for _, inputs, _ in self.batches.sized())
+
+
+def _not_finite(what: str, outputs: Tensor, x: Blocks) -> str:
+    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
+    cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
+    return (
+        f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not finite "
+        f"({cause}). A {what} matrix there would be nan throughout; mend the data or go back to a finite point."
+    )

@@ -1,0 +1,253 @@
+"""Uses of layers position by position: J = Σ_t g_t ⊗ a_t, with the inputs a_t and the backward signals g_t at positions t."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from geoad.kernels.uses import AffineUse, ConvUse, EmbeddingUse, ScaleUse, ShiftUse, Use
+
+__all__ = [
+    "Factored",
+    "columns_at",
+    "inputs_at",
+    "is_outer",
+    "patches",
+    "product_of_weight",
+    "rows_of_bias",
+    "rows_of_weight",
+    "second_moment",
+    "signals_at",
+]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """r[n, k, (o, i)] = left[n, k, o] · right[n, i], for a layer that is used once at one position.
+
+    Attributes:
+        flipped: the block holds the transposed matrix, r[n, k, (i, o)].
+    """
+
+    left: Tensor
+    right: Tensor
+    flipped: bool = False
+
+    def dense(self) -> Tensor:
+        """(n, K, o · i)."""
+        product = self.left.unsqueeze(-1) * self.right[:, None, None, :]
+        return (product.mT if self.flipped else product).flatten(2)
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------------
+
+
+@singledispatch
+def inputs_at(use: Use, a: Tensor) -> Tensor:
+    """The inputs (n, groups, positions, in) of an affine use or a convolution."""
+    raise NotImplementedError(type(use).__name__)
+
+
+@inputs_at.register
+def _(use: AffineUse, a: Tensor) -> Tensor:
+    return a.reshape(a.shape[0], 1, -1, a.shape[-1])
+
+
+@inputs_at.register
+def _(use: ConvUse, a: Tensor) -> Tensor:
+    return patches(use, a)
+
+
+@singledispatch
+def signals_at(use: Use, g: Tensor) -> Tensor:
+    """What came back, (..., *shape), as (..., groups, positions, out)."""
+    raise NotImplementedError(type(use).__name__)
+
+
+@signals_at.register
+def _(use: AffineUse, g: Tensor) -> Tensor:
+    lead = g.shape[: g.ndim - len(use.shape)]
+    return g.reshape(*lead, 1, -1, use.shape[-1])
+
+
+@signals_at.register
+def _(use: ConvUse, g: Tensor) -> Tensor:
+    lead, axes = g.shape[: g.ndim - len(use.shape)], len(use.kernel)
+    shape = use.shape if len(use.shape) == axes + 2 else (1, *use.shape)
+    g = g.reshape(*lead, shape[0], use.groups, shape[1] // use.groups, -1)
+    if shape[0] == 1:
+        return g.squeeze(len(lead)).mT
+    n = len(lead)
+    return g.permute(*range(n), n + 1, n, n + 3, n + 2).flatten(n + 1, n + 2)
+
+
+@singledispatch
+def columns_at(use: Use, t: Tensor, inputs: bool = False) -> Tensor:
+    """Inputs (n, ...) or signals (n, *shape) as columns, (groups, in or out, n · positions)."""
+    t = inputs_at(use, t) if inputs else signals_at(use, t)
+    return t.permute(1, 3, 0, 2).flatten(2)
+
+
+@columns_at.register
+def _(use: ConvUse, t: Tensor, inputs: bool = False) -> Tensor:
+    # with positions innermost throughout, blocks of memory are copied as a whole
+    if inputs:
+        axes = len(use.kernel)
+        view = _windows(use, t).permute(2, 3, *range(4 + axes, 4 + 2 * axes), 0, 1, *range(4, 4 + axes))
+        return view.reshape(use.groups, math.prod(view.shape[1 : 2 + axes]), math.prod(view.shape[2 + axes :]))
+    return signals_at(use, t).mT.permute(1, 2, 0, 3).flatten(2)
+
+
+@signals_at.register
+def _(use: EmbeddingUse, g: Tensor) -> Tensor:
+    lead = g.shape[: g.ndim - len(use.shape)]
+    return g.reshape(*lead, 1, -1, use.shape[-1])
+
+
+def second_moment(use: Use, a: Tensor, bias: bool) -> Tensor:
+    """Σ a aᵀ over samples and positions, (groups, in, in); with `bias` a 1 is appended to a."""
+    if isinstance(use, ConvUse) and use.groups == 1 and a.shape[-len(use.kernel) - 1] * use.kernel[-1] > use.shape[-1]:
+        square, side, count = _moment_channels_last(use, a)
+    else:
+        t = columns_at(use, a, inputs=True)
+        square, side, count = t @ t.mT, t.sum(-1, keepdim=True), t.shape[-1]
+    if not bias:
+        return square
+    corner = square.new_full((square.shape[0], 1, 1), float(count))
+    return torch.cat([torch.cat([square, side], -1), torch.cat([side.mT, corner], -1)], -2)
+
+
+def _moment_channels_last(use: ConvUse, a: Tensor) -> tuple[Tensor, Tensor, int]:
+    """With channels innermost: for many channels on small images that copies longer blocks of memory."""
+    axes, channels = len(use.kernel), a.shape[-len(use.kernel) - 1]
+    a = _spread(use, a.reshape(-1, *a.shape[-axes - 1 :])).movedim(1, -1).contiguous()
+    view = _slid(use, a, 1)
+    flat = view.movedim(1 + axes, -1).reshape(-1, math.prod(use.kernel) * channels)
+    order = torch.arange(flat.shape[1], device=a.device).reshape(-1, channels).T.flatten()
+    return (flat.mT @ flat)[order][:, order][None], flat.sum(0)[order][None, :, None], flat.shape[0]
+
+
+def _spread(use: ConvUse, a: Tensor) -> Tensor:
+    """The input (m, channels, *space) with zeros between its entries and around, cut where padding is negative."""
+    if any(step > 1 for step in use.spread):
+        space = [(size - 1) * step + 1 for size, step in zip(a.shape[2:], use.spread, strict=True)]
+        wide = a.new_zeros(*a.shape[:2], *space)
+        wide[(slice(None), slice(None), *(slice(None, None, step) for step in use.spread))] = a
+        a = wide
+    around = [p for pair in reversed(use.padding) for p in pair]
+    return functional.pad(a, around) if any(around) else a
+
+
+def _slid(use: ConvUse, a: Tensor, first: int) -> Tensor:
+    """A view of the patches along the spatial axes, which begin at `first`; the axes of the kernel come last."""
+    for axis, (size, stride, step) in enumerate(zip(use.kernel, use.stride, use.dilation, strict=True), start=first):
+        a = a.unfold(axis, step * (size - 1) + 1, stride)[..., ::step]
+    return a.flip(tuple(range(-len(use.kernel), 0))) if use.transposed else a
+
+
+def patches(use: ConvUse, a: Tensor) -> Tensor:
+    """(n, groups, positions, in), where in runs over the channels of a group and the kernel."""
+    axes, inside = len(use.kernel), math.prod(use.kernel) * a.shape[-len(use.kernel) - 1] // use.groups
+    view = _windows(use, a).permute(0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
+    return view.reshape(a.shape[0], use.groups, inside, math.prod(view.shape[3 + axes :])).mT
+
+
+def _windows(use: ConvUse, a: Tensor) -> Tensor:
+    """A view of the patches, (n, batch, groups, channels of a group, *positions, *kernel)."""
+    n, axes = a.shape[0], len(use.kernel)
+    a = a.reshape(n, -1, *a.shape[-axes - 1 :])
+    batch, channels = a.shape[1:3]
+    a = _slid(use, _spread(use, a.flatten(0, 1)), 2)
+    return a.reshape(n, batch, use.groups, channels // use.groups, *a.shape[2:])
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------------
+
+
+@singledispatch
+def rows_of_weight(use: Use, a: Tensor, g: Tensor) -> Factored | Tensor:
+    """The rows (n, K, size) of the weight, from what went in (n, ...) and what came back (n, K, *shape)."""
+    raise NotImplementedError(type(use).__name__)
+
+
+@rows_of_weight.register(AffineUse)
+@rows_of_weight.register(ConvUse)
+def _(use: AffineUse | ConvUse, a: Tensor, g: Tensor) -> Factored | Tensor:
+    part = use.weight
+    assert part is not None
+    right, left = inputs_at(use, a).to(g.dtype), signals_at(use, g)
+    n, k, groups, positions, out = left.shape
+    if is_outer(use):
+        return Factored(left[:, :, 0, 0], right[:, 0, 0], part.flipped)
+    if groups == 1:  # seeds and outputs in one axis: larger matrices
+        joined = left[:, :, 0].mT.reshape(n, k * out, positions) @ right[:, 0]
+        return part.place(joined.reshape(n, k, *part.shape))
+    return part.place((left.mT @ right.unsqueeze(1)).reshape(n, k, *part.shape))
+
+
+@rows_of_weight.register
+def _(use: EmbeddingUse, a: Tensor, g: Tensor) -> Tensor:
+    part = use.weight
+    assert part is not None
+    n, k, width = g.shape[0], g.shape[1], g.shape[-1]
+    tokens, back = a.reshape(n, -1), g.reshape(n, k, -1, width)
+    if use.padding is not None:
+        back = back * (tokens != use.padding).to(g.dtype)[:, None, :, None]
+    table = g.new_zeros(n, k, part.shape[0], width)
+    index = tokens[:, None, :, None].expand(n, k, tokens.shape[1], width)
+    return part.place(table.scatter_add_(2, index, back))
+
+
+@rows_of_weight.register
+def _(use: ScaleUse, a: Tensor, g: Tensor) -> Tensor:
+    part = use.weight
+    assert part is not None
+    a = a.reshape(a.shape[0], 1, *[1] * (len(use.shape) - a.ndim + 1), *a.shape[1:])
+    return part.place(_reduced(g * a, part.shape))
+
+
+def product_of_weight(use: Use, a: Tensor, back: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
+    """(n, out, positions) and (n, positions, in), whose product is the row of a weight for one seed; None if it is none."""
+    part = use.weight
+    if part is None or part.name != name or not part.whole or not isinstance(use, (AffineUse, ConvUse)):
+        return None
+    if use.bias is not None and use.bias.name == name:
+        return None
+    left, right = signals_at(use, back), inputs_at(use, a)
+    if left.shape[1] != 1 or right.dtype != left.dtype:
+        return None
+    return left[:, 0].mT, right[:, 0]
+
+
+def rows_of_bias(use: Use, g: Tensor) -> Factored | Tensor:
+    """The rows of the bias."""
+    part = use.bias
+    assert part is not None
+    if isinstance(use, ShiftUse):
+        return part.place(use.sign * _reduced(g, part.shape))
+    total = signals_at(use, g).sum(3).flatten(2)
+    if part.whole:
+        return Factored(total, torch.ones_like(total[:, 0, :1]))
+    return part.place(total)
+
+
+def _reduced(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(n, K, ...) summed over the axes along which `shape` was broadcast."""
+    missing = values.ndim - 2 - len(shape)
+    if missing:
+        values = values.flatten(2, 1 + missing).sum(2) if missing > 1 else values.sum(2)
+    stretched = [axis + 2 for axis, size in enumerate(shape) if size == 1 and values.shape[axis + 2] != 1]
+    return values.sum(stretched, keepdim=True) if stretched else values
+
+
+def is_outer(use: Use) -> bool:
+    """The rows of the weight are `Factored`: an affine use at one position, of the whole matrix or its transpose."""
+    part = use.weight
+    if part is None or not isinstance(use, AffineUse) or not (part.whole or part.flipped):
+        return False
+    return math.prod(use.shape[:-1]) == 1
