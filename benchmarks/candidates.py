@@ -78,6 +78,14 @@ def _(w: Work, net: nn.Module) -> Result:
     return _fisher(w, net, "dense").to_dense()
 
 
+@candidate("b b2 b3", "geoad")
+def _(w: Work, net: nn.Module) -> Result:
+    import geoad
+
+    geo = geoad.GeoModule(net)
+    return geoad.ntk(geo, w.x)(geo.point()).components
+
+
 @candidate("c1", "geoad")
 def _(w: Work, net: nn.Module) -> Result:
     return {"joint": _typed_product(_fisher(w, net, "kfac"))(w.flat)}
@@ -145,7 +153,8 @@ def _(w: Work, net: nn.Module) -> Result:
 
 # -- plain PyTorch -------------------------------------------------------------------------------------------------------------
 
-candidate("a d d2 h", "torch: vmap(jacrev)")(lambda w, net: plain.REFERENCE[w.row.name](w, net))
+candidate("a b b2 b3 d d2 h", "torch: vmap(jacrev)")(lambda w, net: plain.REFERENCE[w.row.name](w, net))
+candidate("b b2 b3", "torch: vmap(jacrev), by parameter")(plain.tangent_kernel_by_parameter)
 candidate("c1", "torch: hooks")(plain.kfac)
 candidate("c2", "torch: hooks")(plain.ekfac)
 candidate("e e20", "torch: jvp, vjp")(plain.fisher_products)

@@ -73,6 +73,28 @@ def block_diagonal(w: Work, net: nn.Module) -> list[Tensor]:
     return [total.div_(len(w.x)) for total in totals]
 
 
+def tangent_kernel(w: Work, net: nn.Module) -> Tensor:
+    """K (n, c, n, c) = J Jᵀ, the rows of J made by vmap of jacrev."""
+
+    def single(theta: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(net, theta, (sample[None],))[0]
+
+    jacobians = ravel(vmap(jacrev(single), (None, 0))(parameters(net), w.x), 2)
+    n, c, _ = jacobians.shape
+    return (jacobians.flatten(0, 1) @ jacobians.flatten(0, 1).T).reshape(n, c, n, c)
+
+
+def tangent_kernel_by_parameter(w: Work, net: nn.Module) -> Tensor:
+    """As in the tutorial of PyTorch: one einsum for each parameter."""
+
+    def single(theta: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(net, theta, (sample[None],))[0]
+
+    blocks = vmap(jacrev(single), (None, 0))(parameters(net), w.x)
+    parts = [torch.einsum("naf,mbf->namb", block.flatten(2), block.flatten(2)) for block in blocks.values()]
+    return sum(parts[1:], parts[0])
+
+
 def bent(logits: Tensor, t: Tensor) -> Tensor:
     """(diag p - p pᵀ) t / N."""
     p = logits.softmax(-1)
@@ -241,6 +263,9 @@ def per_sample_expanded(w: Work, net: nn.Module) -> Tensor:
 
 REFERENCE: dict[str, Candidate] = {
     "a": dense,
+    "b": tangent_kernel,
+    "b2": tangent_kernel,
+    "b3": tangent_kernel,
     "c1": kfac,
     "c2": ekfac,
     "d": diagonal,

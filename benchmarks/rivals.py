@@ -35,6 +35,14 @@ def _(w: Work, net: nn.Module) -> Result:
     return _nng(w, net, "PMatDense").to_torch()
 
 
+@candidate("b b2 b3", "nngeometry")
+def _(w: Work, net: nn.Module) -> Result:
+    from nngeometry.gram import GramMatrix
+
+    gram = GramMatrix(model=net, loader=w.loader(), function=lambda *data: net(data[0]))
+    return gram.to_torch().detach().permute(1, 0, 3, 2)
+
+
 @candidate("c1", "nngeometry")
 def _(w: Work, net: nn.Module) -> Result:
     return {"joint": _nng_product(_nng(w, net, "PMatKFAC"))(w.flat.clone())}

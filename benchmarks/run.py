@@ -206,7 +206,7 @@ def bound(row: Row, found: Outcomes) -> float:
     if row.memory is None:
         return float("nan")
     rival, factor = row.memory
-    return factor * next((o.memory for n, o in found.items() if library(n) == rival and o.right(row)), float("nan"))
+    return factor * next((o.memory for n, o in found.items() if rival in (n, library(n)) and o.right(row)), float("nan"))
 
 
 def summary(results: dict[str, Outcomes], cuda: dict[str, Outcomes] | None) -> str:

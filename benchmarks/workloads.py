@@ -103,6 +103,17 @@ ROWS = {
     row.name: row
     for row in (
         Row("a", "dense exact Fisher, MLP 64-100-10", mlp(64, 100, 10), image=False, target=6.0, memory=("nngeometry", 1.0)),
+        Row("b", "tangent kernel, conv net, 256 digits", small_conv, 256, target=2.5, memory=("torch: vmap(jacrev)", 1.0)),
+        Row(
+            "b2",
+            "tangent kernel, MLP 64-256-256-10, 256 digits",
+            mlp(64, 256, 256, 10),
+            256,
+            image=False,
+            target=40.0,
+            memory=("torch: vmap(jacrev)", 0.1),
+        ),
+        Row("b3", "tangent kernel, MLP 64-512-512-100, 8 digits", mlp(64, 512, 512, 100), 8, image=False, target=80.0),
         Row("c1", "KFAC of the exact Fisher, conv net: factors and a product", small_conv, target=1.3),
         Row("c2", "EKFAC of the exact Fisher, conv net: trace and a product", small_conv, target=1.6),
         Row("d", "diagonal of the exact Fisher, conv net", small_conv, target=1.3, memory=("nngeometry", 1.5)),

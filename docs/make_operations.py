@@ -1,19 +1,16 @@
 """Writes the table of docs/operations.md, representation by operation, from the table that the tests go through.
 
-Run ``python docs/make_operations.py``; with ``--check`` it only says whether the page is up to date. The text around the table is
-written by hand.
+Run ``python docs/make_operations.py``; with ``--check`` it only says whether the page is up to date. The text around the table
+is written by hand.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-
-from test_structured_operators import OPERATIONS, TABLE
-
 PAGE = HERE / "operations.md"
 BEGIN, END = "<!-- table: made by docs/make_operations.py -->", "<!-- end of table -->"
 REPRESENTATIONS = {
@@ -31,9 +28,11 @@ SHORT = {"closed form": "✓"}
 
 def table() -> str:
     """One row an operation, one column a representation."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    tested = importlib.import_module("test_structured_operators")
     lines = ["| operation | " + " | ".join(REPRESENTATIONS) + " |", "|---|" + "---|" * len(REPRESENTATIONS)]
-    for operation in OPERATIONS:
-        cells = [TABLE[cls, operation] for cls in REPRESENTATIONS.values()]
+    for operation in tested.OPERATIONS:
+        cells = [tested.TABLE[cls, operation] for cls in REPRESENTATIONS.values()]
         lines.append(f"| `{operation}` | " + " | ".join(SHORT.get(cell, cell) for cell in cells) + " |")
     return "\n".join(lines)
 

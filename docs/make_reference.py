@@ -18,12 +18,15 @@ MODULES = (
     "geoad.atlases",
     "geoad.metrics",
     "geoad.curvature",
+    "geoad.tangent",
+    "geoad.function_space",
     "geoad.optim",
     "geoad.operators",
     "geoad.distributed",
     "geoad.testing",
     "geoad.testing.zoo",
     "geoad.plotting",
+    "geoad.plotting_kernels",
     "geoad.errors",
 )
 

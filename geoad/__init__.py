@@ -6,10 +6,12 @@ from geoad import atlases as atlases
 from geoad import curvature as curvature
 from geoad import distributed as distributed
 from geoad import errors as errors
+from geoad import function_space as function_space
 from geoad import maps as maps
 from geoad import metrics as metrics
 from geoad import operators as operators
 from geoad import optim as optim
+from geoad import tangent as tangent
 from geoad import testing as testing
 from geoad.autodiff import eigh as eigh
 from geoad.autodiff import grad as grad
@@ -46,7 +48,12 @@ from geoad.errors import VarianceError as VarianceError
 from geoad.fields import FormField as FormField
 from geoad.fields import MetricField as MetricField
 from geoad.fields import ScalarField as ScalarField
+from geoad.function_space import DualSolver as DualSolver
+from geoad.function_space import FunctionSpace as FunctionSpace
+from geoad.function_space import dual_solve as dual_solve
+from geoad.function_space import linearized as linearized
 from geoad.module import GeoModule as GeoModule
+from geoad.tangent import ntk as ntk
 from geoad.tensors import Cometric as Cometric
 from geoad.tensors import Covector as Covector
 from geoad.tensors import Density as Density

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import geoad
 from geoad import maps
 from geoad import operators as ops
+from geoad.connection.products import contracted, first_kind
 from geoad.curvature import (
     EKFAC,
     GGN,
@@ -399,6 +400,28 @@ def test_running_averages(representation: str) -> None:
         close(mean.to_dense()[place[:, None], place], wanted)
     there = running_average(field(p.to(psi)), field(q.to(psi)), 0.9)
     close(there.to(geo.reference).to_dense(), mean.to_dense(), 1e-9)
+
+
+@pytest.mark.parametrize("representation", [*STRUCTURED, LowRank(3)])
+def test_the_connection_is_that_of_the_represented_matrix(representation: Any) -> None:
+    """Christoffel symbols of the first kind, against differences of the dense matrices."""
+    geo = geoad.GeoModule(mlp())
+    field = Fisher(geo, X, representation=representation)
+    x, theta = geo.point().ravel(), geo.reference
+    u, v, w = torch.randn(3, len(x))
+
+    def form(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        p = theta.point(x + t)
+        return field(p)(theta.vector(a, at=p), theta.vector(b, at=p))
+
+    def slope(along: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (form(1e-4 * along, a, b) - form(-1e-4 * along, a, b)) / 2e-4
+
+    wanted = 0.5 * (slope(u, v, w) + slope(v, u, w) - slope(w, u, v))
+    found = first_kind(field, theta.layout.unravel(x), theta.layout.unravel(u), theta.layout.unravel(v))
+    torch.testing.assert_close(theta.layout.ravel(found) @ w, wanted, rtol=1e-5, atol=1e-7)
+    other = contracted(field, theta.layout.unravel(x), theta.layout.unravel(v), theta.layout.unravel(w))
+    torch.testing.assert_close(theta.layout.ravel(other) @ u, wanted, rtol=1e-5, atol=1e-7)
 
 
 # -- Gauss-Newton and Hessian ------------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
-"""Two processes, each with half of the data."""
+"""Several processes, each with its share of the data."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
+import subprocess
+import sys
 import tempfile
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import distributed_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,117 +19,25 @@ from torch import multiprocessing, nn
 
 import geoad
 from geoad import UnsupportedModuleError
-from geoad.curvature import Fisher
-from geoad.distributed import all_reduce, require_same_point
-from geoad.errors import BasePointError, GeometryError, VarianceError
+from geoad.curvature import Fisher, resumable
+from geoad.distributed import all_reduce, shard
+from geoad.distributed.exchange import ProcessGroup
+from geoad.errors import GeometryError
 
-X = torch.linspace(-2.0, 2.0, 28, dtype=torch.float64).reshape(7, 4).cos()
-Y = torch.arange(7) % 3
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "distributed_fisher.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def in_a_process(rank: int, folder: str) -> None:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    try:
-        store = dist.FileStore(os.path.join(folder, "store"), 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-        for check in CHECKS:
-            check(rank)
-            dist.barrier()
-    except BaseException:
-        Path(folder, f"failed-{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def share(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return (X[:3], Y[:3]) if rank == 0 else (X[3:], Y[3:])
-
-
-def check_sums_and_means(rank: int) -> None:
-    geo, data = geoad.GeoModule(network()), share(rank)
-    psi = geo.reference.reparametrize(geoad.maps.Asinh(), name="psi").target
-    n = len(data[0])
-    local, whole = geo.loss(F.cross_entropy, data), geo.loss(F.cross_entropy, (X, Y))
-    for p in (geo.point(), geo.point().to(psi)):
-        w = all_reduce(geoad.grad(local)(p), weight=n)
-        assert w.chart is p.chart
-        torch.testing.assert_close(w.ravel(), geoad.grad(whole)(p).ravel(), rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(all_reduce(local(p), weight=n), whole(p))
-        v = geoad.riemannian_grad(whole)(p)
-        torch.testing.assert_close(all_reduce(v).ravel(), v.ravel())
-        parts = Fisher(geo, data[0], reduction="sum"), Fisher(geo, data[0], reduction="sum", representation="dense")
-        wanted = Fisher(geo, X, reduction="sum", representation="dense")(p)
-        torch.testing.assert_close(all_reduce(parts[0](p).mv(v), "sum").ravel(), wanted.mv(v).ravel())
-        F_p = all_reduce(parts[1](p), "sum")
-        assert isinstance(F_p, geoad.Metric)
-        torch.testing.assert_close(F_p.to_dense(), wanted.to_dense())
-        step = F_p.solve(w, damping=1e-2).ravel()
-        both = [torch.zeros_like(step) for _ in range(2)]
-        dist.all_gather(both, step)
-        assert torch.equal(*both)  # the processes stay together bit for bit
-        with pytest.raises(VarianceError, match=r"matrix-free.*mv\(v\)"):
-            all_reduce(parts[0](p), "sum")
-    assert all_reduce(float(rank), "sum") == 1.0
-    assert torch.equal(all_reduce(torch.full((2,), 2.0 * rank)), torch.ones(2))
-    with pytest.raises(VarianceError, match="Point"):
-        all_reduce(geo.point())
-    with pytest.raises(GeometryError, match="op='max'"):
-        all_reduce(1.0, "max")
-    with pytest.raises(GeometryError, match="weight"):
-        all_reduce(1.0, "sum", weight=2.0)
-
-
-def check_points(rank: int) -> None:
-    chart = geoad.Chart({"x": (2,)}, name="x")
-    require_same_point(chart.point(torch.ones(2)))
-    p = chart.point(torch.tensor([1.0, 1.0 + 1e-16 * rank]))
-    require_same_point(p)  # the same bits
-    q = chart.point(torch.tensor([1.0, 1.0 + 1e-15 * rank]))
-    with pytest.raises(BasePointError, match="same point"):
-        all_reduce(chart.covector(torch.ones(2), at=q))
-
-
-def check_ddp(rank: int) -> None:
-    data = share(rank)
-    wrapped = nn.parallel.DistributedDataParallel(network())
-    geo = geoad.GeoModule(wrapped)
-    assert geo.wrapped is wrapped.module and list(geo.reference.layout) == list(dict(network().named_parameters()))
-    w = all_reduce(geoad.grad(geo.loss(F.cross_entropy, data))(geo.point()))
-    F.cross_entropy(wrapped(data[0]), data[1]).backward()
-    for name, parameter in wrapped.module.named_parameters():
-        torch.testing.assert_close(w.components[name], parameter.grad)
-    with pytest.raises(UnsupportedModuleError, match=r"module '0'.*\.module"):
-        geoad.GeoModule(nn.Sequential(wrapped, nn.Tanh()))
-
-    # the other way round, for training: DistributedDataParallel around the GeoModule averages its gradients in any chart
-    for curved in (False, True):
-        geo = geoad.GeoModule(network())
-        twin = copy.deepcopy(geo)
-        if curved:
-            geo.to(geo.reference.reparametrize(geoad.maps.Asinh()))
-        trained = nn.parallel.DistributedDataParallel(geo)
-        F.cross_entropy(trained(data[0]), data[1]).backward()
-        mean = all_reduce(geoad.grad(twin.loss(F.cross_entropy, data))(twin.point())).ravel()
-        torch.testing.assert_close(geo.grad.to(geo.reference).ravel(), mean)
-
-
-CHECKS = (check_sums_and_means, check_points, check_ddp)
+def spawn(checks: tuple[Any, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            multiprocessing.spawn(cases.run, (folder, checks), nprocs=2)
+        except Exception:
+            raise AssertionError("\n".join(file.read_text() for file in Path(folder).glob("failed-*"))) from None
 
 
 def test_two_processes() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(in_a_process, (folder,), nprocs=2)
-        except Exception:
-            raise AssertionError("\n".join(file.read_text() for file in Path(folder).glob("failed-*"))) from None
+    spawn(cases.CHECKS)
 
 
 @pytest.fixture
@@ -139,6 +47,36 @@ def alone(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
+# -- processes that end ----------------------------------------------------------------------------------------------------
+
+
+def test_the_others_are_not_left_waiting() -> None:
+    """A process that is stuck for longer than the time-out of the group, or killed, ends the job with an error in the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        started: Any = multiprocessing.spawn(cases.run, (folder, (cases.check_endings,)), nprocs=2, join=False)
+        for process in started.processes:  # to join `started` would end the first one as soon as the second has
+            process.join(60)
+            assert process.exitcode
+        stuck, killed = Path(folder, "said").read_text().splitlines()
+    assert "Timed out waiting 2000ms" in stuck and "Timed out" not in killed
+    for said in (stuck, killed):
+        assert "Fisher(KFAC" in said and "Most likely another process has ended or is stuck" in said and "timeout=" in said
+
+
+def test_torchrun() -> None:
+    """The example checks itself against one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "2 processes, 51 + 50 samples"
+    assert sum("same bits in all: True" in line for line in lines) == 7
+    assert lines[-1].endswith("rows 0..50 of 101 here")
+
+
+# -- one process -------------------------------------------------------------------------------------------------------------
+
+
 def test_without_a_process_group() -> None:
     with pytest.raises(GeometryError, match=r"not initialised.*torchrun"):
         all_reduce(1.0)
@@ -146,7 +84,7 @@ def test_without_a_process_group() -> None:
 
 def test_wrappers_are_unwrapped_aloud(alone: None, caplog: pytest.LogCaptureFixture) -> None:
     for wrapper in (nn.parallel.DistributedDataParallel, nn.DataParallel):
-        net = network()
+        net = cases.network()
         caplog.clear()
         geo = geoad.GeoModule(wrapper(net))
         assert geo.wrapped is net
@@ -161,10 +99,10 @@ def test_sharded_networks_are_refused(alone: None) -> None:
     from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
-    for net in (fully_shard(network(), mesh=mesh), nn.Sequential(fully_shard(nn.Linear(4, 3), mesh=mesh))):
+    for net in (fully_shard(cases.network(), mesh=mesh), nn.Sequential(fully_shard(nn.Linear(4, 3), mesh=mesh))):
         with pytest.raises(UnsupportedModuleError, match=r"shards.*zero in silence.*plain copy"):
             geoad.GeoModule(net)
-    placed = network()
+    placed = cases.network()
     placed[0].weight = nn.Parameter(distribute_tensor(placed[0].weight.detach(), mesh))
     with pytest.raises(UnsupportedModuleError, match=r"'0\.weight' is a DTensor.*full_tensor\(\)"):
         geoad.GeoModule(placed)
@@ -176,6 +114,97 @@ def test_the_older_fsdp_is_refused_by_its_class() -> None:
 
     net = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(net)
-    vars(net)["_modules"]["_fsdp_wrapped_module"] = network()  # its __getattr__ asks for it
+    vars(net)["_modules"]["_fsdp_wrapped_module"] = cases.network()  # its __getattr__ asks for it
     with pytest.raises(UnsupportedModuleError, match="a FullyShardedDataParallel: its weights are shards"):
         geoad.GeoModule(net)
+
+
+# -- partial results ---------------------------------------------------------------------------------------------------------
+
+STORED = ("dense", "block_diagonal", "diagonal", "quasi_diagonal", "kfac", "ekfac", "low_rank")
+
+
+def setting() -> tuple[geoad.GeoModule, list[Any]]:
+    return geoad.GeoModule(cases.conv()), list(zip(cases.X.split(2), cases.Y.split(2), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "representation"), [*(("exact", name) for name in STORED), ("mc", "ekfac")])
+def test_resumed_sweeps_are_those_without_interruption(kind: str, representation: str, tmp_path: Path) -> None:
+    geo, batches = setting()
+    p, field = geo.point(), Fisher(geo, batches, kind=kind, representation=representation)
+    whole = field(p).to_dense()
+    with cases.counted(geo) as calls, resumable(tmp_path / "sums"):
+        assert torch.equal(field(p).to_dense(), whole)
+    for stop in range(1, calls[0]):
+        with pytest.raises(cases.Interrupted), resumable(tmp_path / "sums", every=1), cases.counted(geo, stop):
+            field(p)
+        there = (tmp_path / "sums").exists()
+        with cases.counted(geo) as left, resumable(tmp_path / "sums", every=1):
+            assert torch.equal(field(p).to_dense(), whole)
+        assert left[0] < calls[0] or not there
+        assert not list(tmp_path.iterdir())
+    assert there  # when it was stopped in the last evaluation
+
+
+def test_stale_partial_results_are_refused(tmp_path: Path) -> None:
+    geo, batches = setting()
+    file, p = tmp_path / "sums", geo.point()
+    Fisher(geo, batches, representation="kfac")(p)  # a first evaluation looks at the network
+    with cases.counted(geo) as calls:
+        Fisher(geo, batches, representation="kfac")(p)
+    with pytest.raises(cases.Interrupted), resumable(file, every=1), cases.counted(geo, calls[0] - 1):
+        Fisher(geo, batches, representation="kfac")(p)
+    left = file.read_bytes()
+    q = p.retract(geoad.riemannian_grad(geo.loss(F.cross_entropy, batches))(p))
+    swapped = [batches[1], batches[0], *batches[2:]]
+    for field, at, message in (
+        (Fisher(geo, batches, representation="ekfac"), p, "another calculation"),
+        (Fisher(geo, batches, "gaussian", representation="kfac"), p, "another calculation"),
+        (Fisher(geo, batches, representation="kfac"), q, "another calculation"),
+        (Fisher(geo, batches[:3], representation="kfac"), p, "another calculation"),
+        (Fisher(geo, swapped, representation="kfac"), p, "are not those that were done"),
+    ):
+        with pytest.raises(GeometryError, match=message), resumable(file):
+            field(at)
+        assert file.read_bytes() == left
+    file.write_bytes(left[: len(left) // 2])
+    with pytest.raises(GeometryError, match="no partial sums"), resumable(file):
+        Fisher(geo, batches, representation="kfac")(p)
+
+
+def test_one_matrix_in_a_block(tmp_path: Path) -> None:
+    geo, batches = setting()
+    field = Fisher(geo, batches, representation="diagonal")
+    with resumable(tmp_path / "sums"):
+        field(geo.point())
+        with pytest.raises(GeometryError, match="a second matrix"):
+            field(geo.point())
+    field(geo.point())
+    with pytest.raises(GeometryError, match="every=0"), resumable(tmp_path / "sums", every=0):
+        pass
+
+
+# -- sums in low precision -----------------------------------------------------------------------------------------------------
+
+
+def test_sums_of_many_kinds_of_tensors(alone: None) -> None:
+    group = ProcessGroup()
+    given = [
+        torch.ones(2, 3, dtype=torch.bfloat16),
+        torch.tensor(3),
+        torch.ones(2, dtype=torch.float64).expand(5, 2),
+        torch.ones(0),
+    ]
+    for mine, found in zip(given, group.sum(given, "sums"), strict=True):
+        assert found.dtype == mine.dtype and torch.equal(found, mine)
+        assert found.data_ptr() != mine.data_ptr() or not mine.numel()
+    assert torch.equal(group.joined([torch.arange(3)], "joined")[0], torch.arange(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shard_of_one_process_is_the_data(alone: None, dtype: torch.dtype) -> None:
+    geo = geoad.GeoModule(cases.network().to(dtype))
+    data, p = (cases.X.to(dtype), cases.Y), geo.point()
+    for representation in ("dense", "ekfac", "implicit"):
+        mine, whole = (Fisher(geo, each, representation=representation)(p).to_dense() for each in (shard(data), data))
+        assert mine.dtype == dtype and torch.equal(mine, whole)

@@ -189,3 +189,11 @@ def test_linearized_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert apart == sorted(apart, reverse=True) and apart[0] > 5 * apart[-1]  # wide networks stay in their tangent
     assert all(numbers(line)[-1] < 1e-10 for line in widths)
     assert numbers(last)[-1] < 1e-10
+
+
+def test_distributed_fisher(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a group of one process; with two, see test_distributed.py."""
+    monkeypatch.delenv("RANK", raising=False)
+    first, *lines = run("distributed_fisher", capsys).splitlines()
+    assert first == "1 processes, 101 samples"
+    assert sum("difference to one process 0.0e+00, same bits in all: True" in line for line in lines) == 7

@@ -113,7 +113,7 @@ class Fisher(NetworkCurvature):
             progress=progress,
         )
         self.kind, self.samples, self.generator = kind, samples, generator
-        self.hessian_type = kind == "exact" and self.likelihood.hessian_type
+        self.hessian_type = kind == "exact" and self.likelihood.hessian_type and not self.structure.imposed
         self.needs_outputs = kind == "mc"
         self.drawn: list[Tensor] | None = None
         self.resample()

@@ -71,7 +71,7 @@ class GGN(NetworkCurvature):
             progress=progress,
         )
         self.of_loss = not isinstance(given, (str, Likelihood))
-        self.hessian_type = self.likelihood.hessian_type
+        self.hessian_type = self.likelihood.hessian_type and not self.structure.imposed
         self.signed = not getattr(self.likelihood, "positive", True)
         self.value_class = Form if self.signed else Metric
 

@@ -185,11 +185,6 @@ class NetworkCurvature(OutputCurvature):
     def product(self, x: Blocks, v: Blocks) -> Blocks:
         if not self.structure.imposed:
             return super().product(x, v)
-        if is_wrapped(x):
-            raise GeometryError(
-                f"a derivative of the {type(self).__name__} field in the representation {self.structure} was asked for (a "
-                "connection, a geodesic): it is built from numbers and has none. Use representation='implicit' there."
-            )
         return self.operator(x).mv(v)
 
     def dense(self, x: Blocks) -> Tensor:

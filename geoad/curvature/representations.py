@@ -67,7 +67,11 @@ class LowRank(Representation):
     """
 
     rank: int | None = None
-    imposed = False
+
+    @property
+    def imposed(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A truncated matrix is another one."""
+        return self.rank is not None
 
 
 @dataclass(frozen=True)

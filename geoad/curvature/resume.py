@@ -106,7 +106,7 @@ class Page:
 
     def __init__(self, book: Journal, collectors: Sequence[Collector], found: dict[str, Any] | None) -> None:
         self.book, self.collectors = book, collectors
-        self.skip, self.step, self.expected = 0, 1, ""
+        self.skip, self.step, self.expected = 0, 0, ""
         self.seen, self.chain = 0, ""
         if found is not None:
             self.skip, self.step, self.expected = found["batches"], found["step"], found["chain"]

@@ -92,7 +92,7 @@ _FEW = 32
 
 
 def _look_at_few(use: Use, run: Run, theta: Blocks, args: Any) -> None:
-    """Look at some of the samples of a large batch, if the network takes them; what they show does not depend on their number."""
+    """Look at some of the samples of a large batch, if the network takes them: what they show is true of all."""
     axes = [each.shape[0] for each in _tensors(args) if each.ndim]
     if not axes or axes[0] <= _FEW:
         _look_twice(use, run, theta, args)

@@ -53,7 +53,8 @@ def matmul(a: Any, b: Any) -> Any:
         if isinstance(a, Rank2) and same_manifold(a.chart, b.chart):
             return a.compose(b)
     elif isinstance(a, Rank1) and isinstance(b, GeoTensor) and type(b) is not GeoTensor:
-        if (found := b.mT.applied(a)) is not None:
+        found = b.mT.applied(a)
+        if found is not None:
             return found
     require_typed(a, b)
     x, y = len(a.axes), len(b.axes)

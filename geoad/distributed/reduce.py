@@ -1,10 +1,4 @@
-"""Several processes, each with its share of the data: what geoad computes is local, and `all_reduce` combines it.
-
-Every process holds the whole network at the same point. A sum or a mean over all samples is the sum or the mean of what the
-processes get for theirs, for everything that is linear in the data: values, differentials, Hessian and Fisher products, dense
-Fisher matrices. What is not (a natural gradient, eigenvalues) is computed from these afterwards, and comes out the same on all
-processes, for what `all_reduce` returns is the same bit for bit.
-"""
+"""The sum or the mean over all processes of what each computed from its own data: values, differentials, products, matrices."""
 
 from __future__ import annotations
 
@@ -17,6 +11,7 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad.charts import Point
+from geoad.distributed.exchange import require_group
 from geoad.errors import BasePointError, GeometryError, VarianceError
 from geoad.params import first
 from geoad.tensors import TypedTensor, describe
@@ -56,7 +51,7 @@ def all_reduce(thing: T, op: str = "mean", *, weight: float | None = None, group
         raise GeometryError(
             f"weight={weight} belongs to op='mean' and must not be negative, found op={op!r}. Scale the summands instead."
         )
-    _require_group()
+    require_group()
     share = 1.0
     if op == "mean":
         mine = 1.0 if weight is None else float(weight)
@@ -81,7 +76,7 @@ def require_same_point(p: Point, group: Any = None, what: str = "combine what th
     Raises:
         BasePointError: some process is elsewhere.
     """
-    _require_group()
+    require_group()
     mine = _fingerprint(p)
     both = torch.stack([mine, -mine])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
@@ -100,14 +95,6 @@ def _fingerprint(p: Point) -> Tensor:
     bits = layout.ravel(p.blocks).detach().contiguous().view(torch.uint8).to(torch.int64)
     places = torch.arange(1, bits.numel() + 1, device=bits.device)
     return torch.stack([torch.tensor(form, device=bits.device), (bits.flatten() * (places % 1_000_003)).sum()])
-
-
-def _require_group() -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise GeometryError(
-            "torch.distributed is not initialised in this process, so there is nothing to combine with. Start the processes by "
-            "torchrun and call torch.distributed.init_process_group() first."
-        )
 
 
 def _require_numbers(tensor: TypedTensor) -> None:

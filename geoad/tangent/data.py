@@ -1,0 +1,227 @@
+"""The outputs of a network over a data set, and the rows of their Jacobian chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from geoad.charts import Chart
+from geoad.data import Batches, take
+from geoad.errors import GeometryError
+from geoad.kernels.jacobians import batched
+from geoad.kernels.kernel_gram import Features, Group, features
+from geoad.kernels.layered import Linearized, Plan, Rows, linearize, trial
+from geoad.params import Blocks, Layout
+
+if TYPE_CHECKING:
+    from geoad.module import GeoModule
+
+__all__ = ["Chunk", "Data", "Form", "space_of"]
+
+Select = Callable[[Tensor], Tensor]
+
+
+class Data:
+    """A network's outputs f(θ) over a data set, (n, ..., c), as a function of the reference coordinates.
+
+    Attributes:
+        geo: the network.
+        batches: the data; targets are left aside.
+        select: which function of the outputs is meant, or None.
+        shared: whoever asks knows what to do with data that are shared out among processes.
+    """
+
+    def __init__(self, geo: GeoModule, data: Any, select: Select | None, *, shared: bool = False) -> None:
+        self.geo, self.source, self.select = geo, data, select
+        self.batches = data if shared and isinstance(data, Batches) else Batches(data)
+        self._trials: dict[Any, Linearized] = {}
+
+    def evaluate(self, theta: Blocks, inputs: Any) -> Tensor:
+        """The outputs (n, ..., c) of a batch."""
+        outputs: Any = self.geo.evaluate(theta, inputs)
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0 or not outputs.is_floating_point():
+            found = type(outputs).__name__
+            found = f"{outputs.dtype} of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else found
+            raise GeometryError(
+                f"a tangent kernel needs the outputs as one real tensor (n, ..., c), the network returned {found}. Say which "
+                "part is meant: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
+            )
+        return outputs if self.select is None else self.select(outputs)
+
+    def values(self, theta: Blocks) -> Tensor:
+        """f(θ), detached; outputs that are not finite are refused."""
+        self.require_separate_samples()
+        with torch.no_grad():
+            parts = [self.evaluate(theta, inputs) for _, inputs, _ in self.batches.sized()]
+        return self.joined(theta, parts).detach()
+
+    def joined(self, theta: Blocks, parts: Sequence[Tensor]) -> Tensor:
+        """The outputs of all batches together, (N, ..., c)."""
+        _require_one_shape({part.shape[1:] for part in parts})
+        outputs = torch.cat(list(parts))
+        if not bool(outputs.isfinite().all()):
+            bad = [name for name, block in theta.items() if not bool(block.isfinite().all())]
+            cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
+            raise GeometryError(
+                f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not "
+                f"finite ({cause}). A tangent kernel there would be nan throughout; mend the data or go back to a finite point."
+            )
+        return outputs
+
+    def renew(self) -> None:
+        """Forget the structure: the network may have been changed."""
+        self._trials = {}
+
+    def trial(self, theta: Blocks, inputs: Any) -> Linearized:
+        """The first sample that had inputs of this form, with the structure of the network."""
+        form = tuple((each.shape[1:], each.dtype) for each in batched(inputs))
+        if form not in self._trials:
+            self._trials[form] = trial(self.evaluate, theta, take(inputs, slice(0, 1)))
+        return self._trials[form]
+
+    def coverage(self, theta: Blocks) -> dict[str, str]:
+        """For each block the rules that cover it, or the functions that prevent it."""
+        self.renew()
+        return self.trial(theta, next(inputs for _, inputs, _ in self.batches.sized())).plan.coverage()
+
+    def require_separate_samples(self) -> None:
+        """Refuse networks in which the samples of a batch depend on each other."""
+        for name, module in self.geo.wrapped.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (  # pyright: ignore[reportPrivateUsage]
+                module.training or module.running_mean is None
+            ):
+                raise GeometryError(
+                    f"a tangent kernel was asked of a network whose module '{name}' ({type(module).__name__}) normalises with "
+                    "the statistics of the batch: its samples depend on each other, and no sample has a Jacobian of its own. "
+                    "Call geo.eval() first."
+                )
+
+
+def _require_one_shape(shapes: set[torch.Size]) -> None:
+    if len(shapes) > 1:
+        raise GeometryError(
+            f"the outputs of different batches have the shapes {sorted(tuple(s) for s in shapes)} behind the sample axis, so "
+            "they form no space. Pad the inputs to one length, or take one kernel for each length."
+        )
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples.
+
+    Attributes:
+        place: where they lie in the data set.
+        outputs: their outputs.
+        plain: their rows.
+        dual: their rows times the inverse metric; the same object where the metric is the identity.
+    """
+
+    place: slice
+    outputs: Tensor
+    plain: Features
+    dual: Features
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows are brought into features.
+
+    Attributes:
+        groups: the blocks with their metrics.
+        contract: what becomes of the outputs, see `geoad.kernels.kernel_gram.CONTRACTIONS`.
+        structured: use the structure of layers.
+        memory: bytes for the samples of one chunk.
+    """
+
+    groups: Sequence[Group]
+    contract: str
+    structured: bool
+    memory: int
+
+    @property
+    def is_plain(self) -> bool:
+        """The metric is the identity."""
+        return all(group.scale is None and group.move is None and group.solve is None for group in self.groups)
+
+    def of(self, rows: Rows, dual: bool, places: int, partners: int) -> Features:
+        """The features of rows."""
+        options: dict[str, Any] = {"contract": self.contract, "places": places, "partners": partners}
+        return features(rows, self.groups, dual=dual, structured=self.structured, **options)
+
+    def numbers(self, plan: Plan, layout: Layout, seeds: int) -> int:
+        """About how many numbers a sample needs, at most: signals, rows that are multiplied out, and copies of them."""
+        signals = sum(3 * seeds * math.prod(use.shape) for use in plan.uses)
+        sizes = {name: shape.numel() for name, shape in layout.items()}
+        generic = {name for group in self.groups if group.move is not None or group.solve is not None for name in group.names}
+        if not self.structured:
+            generic |= set(layout)
+        many = {name for use in plan.uses if math.prod(use.shape[:-1]) > 1 for name in use.names}
+        explicit = sum(size for name, size in sizes.items() if name in generic or name in plan.others)
+        once = sum(size for name, size in sizes.items() if name in many and name not in generic)
+        return signals + seeds * (4 * explicit + 2 * once)
+
+
+def chunks(data: Data, theta: Blocks, form: Form, start: int = 0, partners: int = 1) -> Iterator[Chunk]:
+    """The rows of all samples from `start` on, a few samples at a time."""
+    layout, first = Layout({name: block.shape for name, block in theta.items()}), 0
+    shapes: set[torch.Size] = set()
+    for size, inputs, _ in data.batches.sized():
+        sample = data.trial(theta, inputs)
+        plan, shape = sample.plan, sample.outputs.shape[1:]
+        shapes.add(shape)
+        _require_one_shape(shapes)
+        seeds = math.prod(shape)
+        step = max(1, min(_MOST, form.memory // max(1, form.numbers(plan, layout, seeds) * _width(theta))))
+        places = seeds // shape[-1] if shape else 1
+        for low in range(max(0, start - first), size, step):
+            high = min(low + step, size)
+            outputs, rows = _rows(data, layout, theta, take(inputs, slice(low, high)), plan)
+            plain = form.of(rows, False, places, partners)
+            dual = plain if form.is_plain else form.of(rows, True, places, partners)
+            del rows
+            yield Chunk(slice(first + low, first + high), outputs.detach(), plain, dual)
+        first += size
+
+
+_MOST = 512
+
+
+def _width(theta: Blocks) -> int:
+    return max(4, next(iter(theta.values())).element_size())
+
+
+def _rows(data: Data, layout: Layout, theta: Blocks, inputs: Any, plan: Plan) -> tuple[Tensor, Rows]:
+    """The rows of all outputs."""
+    linearized = linearize(data.evaluate, layout, theta, inputs, plan)
+    f = linearized.outputs
+    count = f[0].numel()
+    eye = torch.eye(count, dtype=f.dtype, device=f.device).reshape(count, 1, *f.shape[1:])
+    return f, linearized.pull(eye.expand(count, *f.shape))
+
+
+# -- spaces ------------------------------------------------------------------------------------------------------------------
+
+_spaces: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""network -> data (by identity) -> what is meant -> chart."""
+
+
+def space_of(geo: GeoModule, data: Any, key: tuple[Any, ...], shape: Sequence[int]) -> Chart:
+    """The space of outputs of a network over data: the same chart for the same data, so that kernels there can be compared."""
+    known: dict[Any, Chart] = {}
+    with suppress(TypeError):  # what cannot be referred to weakly has spaces of its own
+        known = _spaces.setdefault(geo, WeakIdKeyDictionary()).setdefault(data[0] if type(data) is tuple else data, {})
+    full = (*key, tuple(shape))
+    if full not in known:
+        known[full] = Chart({"f": tuple(shape)}, "outputs")
+    return known[full]
