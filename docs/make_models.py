@@ -24,7 +24,8 @@ from geoad.testing import zoo
 PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- table: made by docs/make_models.py -->", "<!-- end of table -->"
 COLUMNS = ("gradient", "J v", "w J", "Hessian v", "GGN v", "each sample")
-SHORT = {"autograd": "torch.autograd", "reverse": "reverse", "loop": "loop", "forward": "", "vmap": ""}
+BEST = dict(zip(COLUMNS, ("reverse", "forward", "reverse", "autograd", "forward", "vmap"), strict=True))
+SHORT = {"autograd": "torch.autograd", "reverse": "reverse", "loop": "loop", "forward": "forward"}
 KINDS = {"gradient": "gradient", "J v": "jvp", "w J": "vjp", "Hessian v": "hessian", "GGN v": "jvp", "each sample": "samples"}
 
 
@@ -58,8 +59,7 @@ def cell(column: str, product: Callable[[], object]) -> str:
         except geoad.UnsupportedModuleError:
             return "refused"
     outcome = next(each for each in seen if each.path == (KINDS[column],))
-    best = outcome.way == "reverse" and column in ("gradient", "w J")
-    took = [*([] if best or not SHORT[outcome.way] else [SHORT[outcome.way]]), *outcome.fixes]
+    took = [*([] if outcome.way == BEST[column] else [SHORT[outcome.way]]), *outcome.fixes]
     return "✓" + (f" {', '.join(took)}" if took else "")
 
 

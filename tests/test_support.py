@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import types
 import warnings
@@ -20,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import geoad
 from geoad import UnsupportedModuleError
 from geoad.curvature import Fisher
-from geoad.kernels import ladder
+from geoad.kernels import derivatives as derivatives_of
+from geoad.kernels import ladder, products
 
 X = torch.linspace(-2.0, 2.0, 15, dtype=torch.float64).reshape(5, 3).cos()
 Y = torch.tensor([0, 1, 1, 0, 1])
@@ -287,11 +289,11 @@ def test_no_grad_is_a_constant_in_every_mode() -> None:
     refused(Custom(torch.no_grad()(plain)), "no_grad", "zero in silence")
     with ladder.watched() as seen:
         derivatives(geoad.GeoModule(net))
-    assert {each.way for each in seen} == {"reverse"}
+    assert {each.way for each in seen} == {"autograd", "reverse"}
     with ladder.watched() as seen:  # what is stopped is no coordinate, or not a function of one
         derivatives(geoad.GeoModule(net, params="head.*"))
         derivatives(geoad.GeoModule(Custom(lambda net, x: plain(net, torch.no_grad()(torch.tanh)(x)))))
-    assert {each.way for each in seen} == {"forward", "reverse"}
+    assert {each.way for each in seen} == {"autograd", "forward", "reverse"}
 
 
 def test_inputs_are_given_as_they_are() -> None:
@@ -364,7 +366,7 @@ def test_where_no_way_leads_there_the_module_is_named() -> None:
     assert (
         "Hessian products" in message
         and "module 'square' (_Square)" in message
-        and "forward, reverse, autograd" in message
+        and "autograd, forward, reverse" in message
         and "zero in silence" in message
     )
     assert "once_differentiable" in message or "setup_context" in message
@@ -427,6 +429,57 @@ def test_functions_with_a_forward_derivative_keep_it() -> None:
         found = Fisher(geo, X)(geo.point()).mv(geo.reference.vector(v, at=geo.point())).ravel()
     torch.testing.assert_close(found, Fisher(twin, X)(twin.point()).mv(twin.reference.vector(v, at=twin.point())).ravel())
     assert [each.way for each in seen] == ["forward", "reverse"]
+
+
+@pytest.mark.parametrize("function", [_Once, _New, _WithForward])
+@pytest.mark.parametrize("place", ["network", "loss", "function"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_hessian_products_through_them_are_no_zeros(function: Any, place: str, nested: bool) -> None:
+    """Forward over reverse and double backward both leave out what such a function bends, in silence."""
+    body = nn.Linear(3, 2)
+    geo = geoad.GeoModule(Custom(lambda net, x: function.apply(net.body(x)), body=body) if place == "network" else body)
+    last = torch.sin if place == "network" else lambda f: function.apply(f).sin()
+    parts = list(geo.loss(lambda f, y: last(f).sum(), (X, Y)).parts())
+    if place == "function":
+        parts = [(1.0, lambda x: function.apply(functional.linear(X, x["weight"], x["bias"])).sin().sum())]
+    x = geo.point().blocks
+    v = {name: torch.ones_like(block) for name, block in x.items()}
+    product = functools.partial(derivatives_of.hessian_product, parts, x)
+    for _ in range(2):
+        with pytest.raises((RuntimeError, UnsupportedModuleError), match=r"once_diff|setup_context|the jvp function"):
+            torch.func.vmap(product)({name: block[None] for name, block in v.items()}) if nested else product(v)
+
+
+def test_hessian_products_in_inference_mode() -> None:
+    """Plain autograd would record nothing there, and find zeros."""
+    x, v = torch.tensor([1.0, 2.0]), torch.ones(2)
+    with torch.inference_mode():
+        assert products.hessian_product(lambda x: (x**3).sum(), x, v).tolist() == [6.0, 12.0]
+        with pytest.raises(UnsupportedModuleError, match="Jacobian products"):  # zeros would come of the last way
+            products.vjp(_OldTanh.apply, x)
+
+
+def test_hessian_products_in_the_compiler() -> None:
+    product = functools.partial(products.hessian_product, lambda x: (x**3).sum())
+    compiled = torch.compile(product, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor([1.0, 2.0]), torch.ones(2)).tolist() == [6.0, 12.0]
+
+
+def test_hessian_products_of_what_is_no_number() -> None:
+    x = torch.tensor([1.0, 2.0])
+    with pytest.raises(RuntimeError, match=r"one number for its value, found a tensor of shape \(2,\)"):
+        products.hessian_product(torch.square, x, x)
+
+
+def test_hessian_products_with_what_does_not_bend() -> None:
+    x = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0]), "c": torch.tensor(2.0), "none": torch.zeros(0)}
+    v = {name: torch.ones_like(block) for name, block in x.items()}
+    linear = products.hessian_product(lambda x: x["a"].sum() + x["b"].sum(), x, v)
+    bent = products.hessian_product(lambda x: x["a"].sum() * x["c"], x, v)
+    constant = products.hessian_product(lambda x: torch.tensor(1.0), x, v)
+    assert all(not each.any() for found in (linear, constant) for each in found.values())
+    assert {name: block.tolist() for name, block in bent.items()} == {"a": [1.0, 1.0], "b": [0.0], "c": 2.0, "none": []}
+    assert not any(block.requires_grad for found in (linear, bent, constant) for block in found.values())
 
 
 class _Square(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import geoad
 from geoad.curvature import Fisher
 from geoad.errors import GeometryError
-from geoad.kernels import ladder
+from geoad.kernels import derivatives, ladder
 from geoad.kernels.bags import SpelledOutBags
 from geoad.kernels.jacobians import sample_jacobian
 from geoad.kernels.norms import SpelledOut
@@ -365,14 +366,21 @@ def test_weight_norm_by_its_formula(shape: tuple[int, ...], dim: int) -> None:
 
 
 def test_the_loss_of_torch_whose_second_derivative_lacks_a_forward_mode() -> None:
-    """F.mse_loss: found out once, then remembered with the loss, not with the network."""
+    """F.mse_loss: matters inside of other transforms; there it is found out once, then remembered with the loss."""
     geo = zoo.build("Linear MLP").geo()
     p = geo.point()
     v = geo.reference.vector(torch.ones(geo.chart.dim), at=p)
     x, y = torch.randn(4, 3), torch.randn(4, 2)
     fused, plain = (geo.loss(fn, (x, y)) for fn in (functional.mse_loss, lambda f, t: (f - t).square().mean()))
+    wanted = geoad.hessian(plain)(p).to_dense() @ torch.ones(geo.chart.dim)
     for field, way in ((fused, "reverse"), (plain, "forward"), (fused, "reverse")):
         with ladder.watched() as seen:
             product = geoad.hessian(field)(p).mv(v).ravel()
+        assert [each.way for each in seen] == ["autograd"]
+        close(product, wanted, 1e-12)
+        with ladder.watched() as seen:
+            product = torch.func.vmap(functools.partial(derivatives.hessian_product, field.parts(), v=v.components))(
+                {name: block[None] for name, block in p.blocks.items()}
+            )
         assert [each.way for each in seen] == [way]
-        close(product, geoad.hessian(plain)(p).to_dense() @ torch.ones(geo.chart.dim), 1e-12)
+        close(geo.reference.layout.ravel(product)[0], wanted, 1e-12)

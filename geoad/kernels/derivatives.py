@@ -79,7 +79,7 @@ def _with_value(fn: Callable[[Blocks], Tensor]) -> Callable[[Blocks], tuple[Tens
 
 
 def hessian_product(parts: Iterable[Part], x: Blocks, v: Blocks) -> Blocks:
-    """Σ c ∇²f(x) v, forward over reverse where torch can."""
+    """Σ c ∇²f(x) v."""
     total: Blocks | None = None
     for coefficient, fn in parts:
         product: Blocks = fn.hessian_product(x, v) if isinstance(fn, Shared) else products.hessian_product(fn, x, v)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -22,8 +23,8 @@ def nodes(tensors: Iterable[Tensor]) -> list[Any]:
     return list(seen.values())
 
 
-def dependencies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The leaves with ``requires_grad`` that `tensors` depend on.
+def dependencies(tensors: Iterable[Tensor], above: Iterable[Any] | None = None) -> list[Tensor]:
+    """The leaves with ``requires_grad`` that `tensors` depend on; `above` are the `nodes` above them, where they are known.
 
     >>> import torch
     >>> from geoad.kernels.graph import dependencies
@@ -33,7 +34,7 @@ def dependencies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """
     given = list(tensors)
     found = {id(each): each for each in given if each.is_leaf and each.requires_grad}
-    for node in nodes(given):
+    for node in nodes(given) if above is None else above:
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             found[id(variable)] = variable
@@ -47,9 +48,19 @@ def once_differentiable(found: Iterable[Any]) -> str | None:
     ``@once_differentiable`` has ready waits at a place where they do not come by.
     """
     for node in found:
+        function = _function(node)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if code is not None and code.co_qualname.startswith("once_differentiable."):
+            return f"the autograd.Function {function.__name__}"
         if type(node).__name__ in ("Error", "DelayedError"):
             return "an autograd.Function"
-        code = getattr(getattr(getattr(type(node), "_forward_cls", None), "backward", None), "__code__", None)
-        if code is not None and code.co_qualname.startswith("once_differentiable."):
-            return f"the autograd.Function {type(node)._forward_cls.__name__}"
     return None
+
+
+def _function(node: Any) -> Any:
+    """The ``autograd.Function`` of a node: under a transform of ``torch.func`` the one that its own stands for."""
+    function = getattr(type(node), "_forward_cls", None)
+    backward = getattr(function, "backward", None)
+    if getattr(getattr(backward, "__code__", None), "co_qualname", "").startswith("generate_single_level_function."):
+        return inspect.getclosurevars(cast("Any", backward)).nonlocals.get("autograd_function", function)
+    return function

@@ -1,11 +1,11 @@
 """The ladder: which way a derivative is taken where torch lacks the usual one.
 
 A product has several *ways* that give the same numbers, the best one first: forward-mode AD, reverse mode only, plain
-``torch.autograd``; ``vmap``, a loop. `climb` takes the first that works. Where a faster kernel stands in the way of
-forward-mode AD (fused attention, fused recurrent networks), a *fix* switches it off for that product and the way is tried
-again, before a slower way is. What had to be done is remembered for the owner of the function (a loss, a network; they say
-`visit` when they are evaluated), so that the next product does not begin with a failure, and is logged once at level INFO
-under the name "geoad".
+``torch.autograd`` (for a Hessian product first, where no transform is around it: the fastest); ``vmap``, a loop. `climb` takes
+the first that works. Where a faster kernel stands in the way of forward-mode AD (fused attention, fused recurrent networks), a
+*fix* switches it off for that product and the way is tried again, before a slower way is. What had to be done is remembered
+for the owner of the function (a loss, a network; they say `visit` when they are evaluated), so that the next product does not
+begin with a failure, and is logged once at level INFO under the name "geoad".
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
     "Way",
     "at_top_level",
     "climb",
+    "differentiated_twice",
     "failed_before",
     "forget_forward_mode",
     "one_by_one",
@@ -112,9 +113,11 @@ class Outcome:
 
 @dataclass
 class _Memory:
-    """What derivatives of one owner need: the first way to try and the fixes, for each kind of product."""
+    """What derivatives of one owner need: the first way to try and the fixes, for each kind of product and order of ways."""
 
-    needs: dict[Path, tuple[int, tuple[Fix, ...]]] = field(default_factory=dict[Path, tuple[int, tuple[Fix, ...]]])
+    needs: dict[tuple[Path, Path], tuple[int, tuple[Fix, ...]]] = field(
+        default_factory=dict[tuple[Path, Path], tuple[int, tuple[Fix, ...]]]
+    )
     forward: bool = True
     once: str | None = None
 
@@ -129,12 +132,17 @@ class _Needs(BaseException):
 
 class _Attempt:
     def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self.path, self.names = path, names
+        self.path, self.names = path, tuple(names)
         self.way = 0
         self.top = at_top_level()  # elsewhere plain autograd would see constants
         self.fixes: tuple[Fix, ...] = ()
         self.owner: Any = None
-        self.cause: RuntimeError | None = None
+        self.errors: list[RuntimeError] = []
+
+    @property
+    def cause(self) -> RuntimeError | None:
+        """Why the best way was not taken."""
+        return self.errors[0] if self.errors else None
 
     def environment(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
@@ -144,7 +152,7 @@ class _Attempt:
 
     def descend(self, error: RuntimeError) -> bool:
         """After a failure: add a fix, or go to the next way. False if there is none."""
-        self.cause = self.cause or error
+        self.errors.append(error)
         if isinstance(error, torch.OutOfMemoryError):
             return False
         text = str(error)
@@ -170,7 +178,7 @@ class _Attempt:
         if self.cause is None or self.owner is None:
             return
         memory = _memories.setdefault(self.owner, _Memory())
-        memory.needs[self.path] = (self.way, self.fixes)
+        memory.needs[self.path, self.names] = (self.way, self.fixes)
         done = ", ".join([f"by {self.names[self.way]}", *(fix.name for fix in self.fixes)])
         reason = str(self.cause).strip().split("\n")[0][:200]
         kind = _KINDS.get(self.path[-1], self.path[-1])
@@ -253,11 +261,12 @@ def _first_that_works(attempt: _Attempt, ways: Sequence[Way[T]]) -> T:
 
 def _give_up(attempt: _Attempt, last: RuntimeError) -> None:
     cause = attempt.cause or last
+    tried = [cause, last, *attempt.errors]
     lacking = next((error for error in (last, cause) if any(words in str(error) for words in _LACKING)), None)
     if lacking is None or len(_local.stack) > 1 or not attempt.top:
         raise cause
     kind = _KINDS.get(attempt.path[-1], attempt.path[-1])
-    where = next((found for error in (cause, lacking) if (found := _where(error))), "the function, or its loss,")
+    where = next((found for error in tried if (found := _where(error))), "the function, or its loss,")
     raise UnsupportedModuleError(
         f"{kind[0].upper()}{kind[1:]} were asked for, and torch has no derivative of an operation in {where}: "
         f"{_first_line(lacking)}. No other way leads there (tried: {', '.join(attempt.names)}), and a part left out would be a "
@@ -322,7 +331,8 @@ def visit(owner: Any) -> None:
             attempt.owner = owner
         if memory is None:
             continue
-        way, fixes = memory.needs.get(attempt.path, (0, ())) if first else (0, ())
+        way, fixes = memory.needs.get((attempt.path, attempt.names), (0, ())) if first else (0, ())
+        way = max(way, attempt.way)
         if not memory.forward and attempt.names[way] == "forward":
             way += 1
         if not attempt.allowed(way):
@@ -334,7 +344,12 @@ def visit(owner: Any) -> None:
 def refuse_second(name: str) -> None:
     """Raise if reverse mode would go twice through `name`, which has a first derivative only: the second would be zero."""
     if any(attempt.path[-1] in ("jvp", "hessian") and attempt.names[attempt.way] != "forward" for attempt in _local.stack):
-        raise RuntimeError(f"trying to differentiate twice {name}, which is marked with @once_differentiable")
+        raise differentiated_twice(name)
+
+
+def differentiated_twice(name: str) -> RuntimeError:
+    """What to raise where a second derivative would be zero in silence."""
+    return RuntimeError(f"trying to differentiate twice {name}, which is marked with @once_differentiable")
 
 
 def only_once(owner: Any, name: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geoad.kernels.graph import dependencies, nodes, once_differentiable
-from geoad.kernels.ladder import at_top_level, climb, failed_before, refuse_second
+from geoad.kernels.ladder import at_top_level, climb, differentiated_twice, failed_before, refuse_second
 from geoad.kernels.norms import SpelledOut
 from geoad.params import flatten, is_wrapped
 
@@ -91,28 +91,27 @@ def gradient(fn: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
 
 
 def hessian_product(fn: Callable[[Any], Tensor], x: Any, v: Any) -> Any:
-    """∇²f(x) v, forward over reverse where torch can.
+    """∇²f(x) v: by double backward where plain autograd is the one transform, else forward over reverse where torch can.
 
     >>> import torch
     >>> from geoad.kernels import products
     >>> products.hessian_product(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]), torch.ones(2))
     tensor([ 6., 12.])
     """
-    slope = _grad(fn)
 
-    def by_reverse() -> Any:
-        _check_once(fn, x)
-        return _vjp(slope, x)[1](v)[0]  # the same product, for ∇²f is symmetric
+    def watched(y: Any) -> Tensor:
+        value = fn(y)
+        once = once_differentiable(nodes([value])) if isinstance(value, Tensor) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+        if once is not None:  # forward mode too stops at its backward, for a slope that depends on x
+            raise differentiated_twice(once)
+        return value
 
-    def by_autograd() -> Any:
-        return _Tape(lambda y: _Tape(fn, y).slope(), x).pull(v)
-
-    ways = [
-        ("forward", lambda: _jvp(slope, (x,), (v,))[1]),
-        ("reverse", by_reverse),
-        ("autograd", by_autograd),
-    ]
-    return climb("hessian", ways)
+    compiling = torch.compiler.is_compiling()  # the compiler cannot follow a look at the graph
+    slope = _grad(fn if compiling else watched)
+    twice = ("autograd", lambda: _Tape(fn, x).curve(v))
+    ways = [("forward", lambda: _jvp(slope, (x,), (v,))[1]), ("reverse", lambda: _vjp(slope, x)[1](v)[0])]
+    first = not compiling and at_top_level() and not torch.is_inference_mode_enabled()
+    return climb("hessian", [twice, *ways] if first else [*ways, twice])
 
 
 def mapped(fn: Callable[[Any], Any], rows: Any, chunk_size: int | None = None) -> Any:
@@ -173,6 +172,8 @@ class _Tape:
     """
 
     def __init__(self, fn: Callable[[Any], Any], x: Any, has_aux: bool = False) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("plain autograd records nothing in inference mode: every derivative would be zero")
         keep = torch.is_grad_enabled()
         given, self.build = flatten(x)
         self.leaves = [_leaf(each, keep) for each in given]
@@ -181,9 +182,10 @@ class _Tape:
         self.value: Any = result[0] if has_aux else result
         self.aux: tuple[Any, ...] = result[1:] if has_aux else ()
         self.outputs, self.build_value = flatten(self.value)
-        self.once = once_differentiable(nodes(self.outputs))
+        found = nodes(self.outputs)
+        self.once = once_differentiable(found)
         own = {id(leaf) for leaf in self.leaves if leaf.is_leaf}
-        self.keep = keep and any(id(each) not in own for each in dependencies(self.outputs))
+        self.keep = keep and any(id(each) not in own for each in dependencies(self.outputs, found))
 
     def result(self, tree: Any) -> Any:
         """`tree` as it is handed out."""
@@ -212,10 +214,20 @@ class _Tape:
         with torch.enable_grad():
             return self.result(self.build(self._slopes(u)))
 
-    def slope(self) -> Any:
-        """∇f, with its graph: for a derivative of it."""
+    def curve(self, v: Any) -> Any:
+        """∇²f v, with a graph where one is asked for; ∇f is symmetric, so reverse mode may be taken twice."""
+        if not isinstance(self.value, Tensor) or self.value.ndim:
+            raise RuntimeError(f"a Hessian is that of a function with one number for its value, found {_form(self.value)}")
+        given = flatten(v)[0]
+        keep = self.keep or (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in given))
         with torch.enable_grad():
-            return self.build(self._slopes(torch.ones_like(self.value)))
+            slopes = self._slopes(torch.ones_like(self.value))
+            pairs = [(s, w) for s, w in zip(slopes, given, strict=True) if s.requires_grad]
+            if not pairs:
+                return self.build([torch.zeros_like(leaf) for leaf in given])
+            slopes, weights = zip(*pairs, strict=True)
+            curved: Any = torch.autograd.grad(slopes, self.leaves, weights, create_graph=keep, allow_unused=True)
+            return self.build([torch.zeros_like(w) if c is None else c for c, w in zip(curved, given, strict=True)])
 
     def push(self, v: Any) -> Any:
         """Df v, the transpose of `pull` at u = 0."""
@@ -229,6 +241,10 @@ class _Tape:
             pushed: Any = torch.autograd.grad(slopes, zero, directions, create_graph=True, allow_unused=True)
             pushed = [torch.zeros_like(z) if p is None else p for p, z in zip(pushed, zero, strict=True)]
             return self.result(self.build_value(pushed))
+
+
+def _form(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _leaf(tensor: Tensor, keep: bool) -> Tensor:
