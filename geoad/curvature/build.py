@@ -12,7 +12,7 @@ from geoad.charts import Chart
 from geoad.curvature.collect import Collector, Task
 from geoad.curvature.collect_kron import collectors
 from geoad.curvature.combine import combine, described
-from geoad.curvature.representations import KFAC, Mixed, QuasiDiagonal, Representation
+from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDiagonal, Representation
 from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
 from geoad.errors import StructureNotPreservedError
@@ -57,7 +57,7 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     parts: dict[tuple[str, ...], LinearOperator] = {}
     for each in found:
         parts |= each.parts()
-    if set(parts) == {layout.names}:
+    if set(parts) == {layout.names} and not isinstance(structure, (BlockDiagonal, KFAC, Mixed)):
         return parts[layout.names]
     return ops.BlockDiagonal(layout, parts)
 
