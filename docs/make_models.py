@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from tables import refresh
 
 import geoad
 from geoad.curvature import Fisher
@@ -21,8 +21,6 @@ from geoad.kernels import ladder
 from geoad.kernels.jacobians import sample_jacobian
 from geoad.testing import zoo
 
-PAGE = Path(__file__).with_name("models.md")
-BEGIN, END = "<!-- table: made by docs/make_models.py -->", "<!-- end of table -->"
 COLUMNS = ("gradient", "J v", "w J", "Hessian v", "GGN v", "each sample")
 BEST = dict(zip(COLUMNS, ("reverse", "forward", "reverse", "autograd", "forward", "vmap"), strict=True))
 SHORT = {"autograd": "torch.autograd", "reverse": "reverse", "loop": "loop", "forward": "forward"}
@@ -74,18 +72,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    made = f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
-    if "--check" in sys.argv:
-        if made != text:
-            print("docs/models.md is out of date: run python docs/make_models.py")
-        return int(made != text)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(refresh(__file__, table))

@@ -10,9 +10,9 @@ import importlib
 import sys
 from pathlib import Path
 
+from tables import refresh
+
 HERE = Path(__file__).parent
-PAGE = HERE / "operations.md"
-BEGIN, END = "<!-- table: made by docs/make_operations.py -->", "<!-- end of table -->"
 REPRESENTATIONS = {
     "dense": "Dense",
     "block_diagonal": "BlockDiagonal",
@@ -37,18 +37,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    made = f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
-    if "--check" in sys.argv:
-        if made != text:
-            print("docs/operations.md is out of date: run python docs/make_operations.py")
-        return int(made != text)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(refresh(__file__, table))

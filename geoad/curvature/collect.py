@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from functools import singledispatch
 
@@ -26,6 +25,7 @@ from geoad.errors import GeometryError
 from geoad.kernels.gram import GramSum
 from geoad.kernels.layered import Plan, Rows
 from geoad.kernels.layers import Layer
+from geoad.kernels.memory import require_memory
 from geoad.kernels.squares import add_cross, add_squares, coupled
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, Layout, first
@@ -38,7 +38,6 @@ __all__ = [
     "arrangement",
     "collectors",
     "exact_blocks",
-    "require_memory",
 ]
 
 Parts = dict[tuple[str, ...], LinearOperator]
@@ -154,19 +153,6 @@ def _(representation: BlockDiagonal, layout: Layout, task: Task) -> list[Collect
 def exact_blocks(layout: Layout, groups: list[tuple[str, ...]], task: Task) -> list[Collector]:
     """A collector of the dense blocks of groups."""
     return [_Grams(layout, groups, task)]
-
-
-def require_memory(size: int, what: str, like: Tensor) -> None:
-    """Raise if `size` bytes are more than the machine has."""
-    if like.is_cuda:
-        there = torch.cuda.get_device_properties(like.device).total_memory
-    else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > there:
-        raise GeometryError(
-            f"{what} would take {size / 2**30:.1f} GiB, more than the {there / 2**30:.1f} GiB of this machine. Use another "
-            "representation: 'kfac', 'diagonal' or 'implicit'."
-        )
 
 
 # -- low rank ----------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from geoad.curvature.collect import Collector, require_memory
+from geoad.curvature.collect import Collector
 from geoad.curvature.representations import Representation
+from geoad.kernels.memory import require_memory
 from geoad.kernels.spread import Exchange, fingerprint
 from geoad.params import Blocks
 

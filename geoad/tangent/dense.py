@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geoad.curvature.sweep import progress_bar
-from geoad.errors import GeometryError
 from geoad.kernels.kernel_gram import DifferentStructure, Features, Group, gram, mirror, squared_norms
+from geoad.kernels.memory import require_memory
 from geoad.params import Blocks, first
 from geoad.tangent.data import Chunk, Data, Form, chunks
 
@@ -176,23 +176,9 @@ def _empty(request: Request, theta: Blocks, chunk: Chunk, other: Chunk, rows: in
     shape = (a, n, m) if request.contract == "diagonal" else (n, a, m, b)
     like = first(theta)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    _require_memory(torch.Size(shape), dtype, like)
+    remedy = "Go through its rows, field.blocks(p), contract the outputs, contract='trace', or take representation='implicit'."
+    require_memory(prod(shape) * dtype.itemsize, f"a kernel matrix with the axes {shape}", like, remedy)
     return like.new_empty(shape, dtype=dtype)
-
-
-def _require_memory(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> None:
-    """Raise if the result is larger than the memory of the machine."""
-    size = shape.numel() * torch.empty((), dtype=dtype).element_size()
-    if like.is_cuda:
-        there = torch.cuda.get_device_properties(like.device).total_memory
-    else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > there:
-        raise GeometryError(
-            f"a kernel matrix with the axes {tuple(shape)} would take {size / 2**30:.1f} GiB, more than the "
-            f"{there / 2**30:.1f} GiB of this machine. Go through its rows, field.blocks(p), contract the outputs, "
-            "contract='trace', or take representation='implicit'."
-        )
 
 
 def _block(total: Tensor, chunk: Chunk, other: Chunk) -> Tensor:

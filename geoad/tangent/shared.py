@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geoad.curvature.collect import require_memory
 from geoad.distributed import Shard
 from geoad.distributed.exchange import ProcessGroup
 from geoad.distributed.rows import Forms, forms_of, in_turn
 from geoad.kernels.kernel_gram import gram
+from geoad.kernels.memory import require_memory
 from geoad.kernels.spread import fingerprint
 from geoad.params import Blocks, first
 from geoad.tangent.data import Chunk, Data, Form, chunks
