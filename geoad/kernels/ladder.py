@@ -188,6 +188,7 @@ class _Attempt:
 _KINDS = {
     "jvp": "Jacobian products J v",
     "vjp": "Jacobian products wJ",
+    "product": "products JᵀAJ v",
     "gradient": "gradients",
     "hessian": "Hessian products",
     "rows": "rows of products",

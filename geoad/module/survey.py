@@ -88,22 +88,25 @@ class Use:
     training: bool
 
 
-_FEW = 32
+_FEW = 8
+_FEW_IN_TRAINING = 32
+"""Layers that drop whole samples now and then have to be caught at it."""
 
 
 def _look_at_few(use: Use, run: Run, theta: Blocks, args: Any) -> None:
     """Look at some of the samples of a large batch, if the network takes them: what they show is true of all."""
     axes = [each.shape[0] for each in _tensors(args) if each.ndim]
-    if not axes or axes[0] <= _FEW:
+    few = _FEW_IN_TRAINING if use.training else _FEW
+    if not axes or axes[0] <= few:
         _look_twice(use, run, theta, args)
         return
-    few = _mapped(args, lambda each: each[:_FEW] if each.ndim and each.shape[0] == axes[0] else each)
+    part = _mapped(args, lambda each: each[:few] if each.ndim and each.shape[0] == axes[0] else each)
     try:
-        with torch.no_grad():
-            run(theta, few)
+        _look_twice(use, run, theta, part)
+    except UnsupportedModuleError:
+        raise
     except Exception:  # a network for batches of one size
-        few = args
-    _look_twice(use, run, theta, few)
+        _look_twice(use, run, theta, args)
 
 
 def _look_twice(use: Use, run: Run, theta: Blocks, args: Any) -> None:
