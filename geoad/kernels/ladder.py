@@ -296,6 +296,7 @@ def _first_line(error: RuntimeError) -> str:
 _LACKING = (
     "forward AD",
     "forward-mode AD",
+    "forward mode AD",
     "ZeroTensors are immutable",
     "derivative for",
     "is not implemented",

@@ -117,7 +117,8 @@ def _each(number: int | Sequence[int], axes: int) -> list[int]:
 def _is_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Derivatives are recorded, and those by the weight alone."""
     plain = all(each is None or type(each) in (Tensor, torch.nn.Parameter) for each in (x, weight, bias))
-    return plain and weight.requires_grad and not x.requires_grad and _recording(x)
+    real = x.is_floating_point() and x.dtype == weight.dtype  # torch takes complex convolutions apart
+    return plain and real and weight.requires_grad and not x.requires_grad and _recording(x)
 
 
 def _recording(x: Tensor) -> bool:

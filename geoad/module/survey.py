@@ -117,7 +117,7 @@ def _look_twice(use: Use, run: Run, theta: Blocks, args: Any) -> None:
         inputs = _mapped(
             args, lambda each: each.detach().clone()
         )  # should the network write into them, the second look shows it
-        first, second = _Look(run, theta, inputs), _Look(run, theta, inputs)
+        first, second = _Look(run, theta, inputs), _Look(run, theta, inputs, again=True)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -171,13 +171,14 @@ def _compare(net: nn.Module, run: Run, theta: Blocks, samples: list[Any], varies
         return True  # not single samples
     if all(torch.equal(a, b) for a, b in varied):
         return False
-    joined = iter([torch.cat([a, b]) if both else a for a, b, both in pairs])
+    joined = iter([torch.cat([a, b, a]) if both else a for a, b, both in pairs])
     with torch.no_grad():
-        both = next(_tensors(run(theta, _mapped(samples[0], lambda _: next(joined)))), None)
-        alone = [next(_tensors(run(theta, each)), None) for each in samples]
-    if both is None or both.ndim == 0 or len(both) != 2 or any(each is None or len(each) != 1 for each in alone):
+        together = next(_tensors(run(theta, _mapped(samples[0], lambda _: next(joined)))), None)
+        alone = next(_tensors(run(theta, samples[0])), None)
+    if together is None or together.ndim == 0 or len(together) != 3 or alone is None or len(alone) != 1:
         return True  # no outputs by sample
-    if not _close([both], [torch.cat([each for each in alone if each is not None])], 1e6):
+    # beside another sample, before and after it
+    if not (_close([together[:1]], [alone], 1e6) and _close([together[2:]], [alone], 1e6)):
         raise UnsupportedModuleError(
             f"the outputs of {_name(net)} for one sample depend on the other samples of the batch, so it has no Jacobian of a "
             "single sample. Objects of whole batches work: representation='implicit'."
@@ -191,18 +192,18 @@ _PROBE = "_geoad_probe"
 class _Look(TorchFunctionMode):
     """One evaluation on leaves of its own, and what it is found to depend on."""
 
-    def __init__(self, run: Run, theta: Blocks, args: Any) -> None:
+    def __init__(self, run: Run, theta: Blocks, args: Any, again: bool = False) -> None:
         super().__init__()
         self.stopped = self.checkpointed = False
         self.leaves = {name: block.detach().clone().requires_grad_() for name, block in theta.items()}
         for name, leaf in self.leaves.items():
             setattr(leaf, _PROBE, name)  # to be known again, should the network keep something that was computed from it
         self.weights = {name: leaf.clone() for name, leaf in self.leaves.items()}
-        with self:
+        with contextlib.nullcontext() if again else self:  # where gradients are switched off, the first look has seen
             result = run(self.weights, args)
         self.outputs = list(_tensors(result))
-        self.dependencies = dependencies(self.outputs)
         self.nodes = nodes(self.outputs)
+        self.dependencies = dependencies(self.outputs, self.nodes)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
