@@ -1,7 +1,8 @@
-"""Operations without the waste in torch's formulas for second derivatives: the same numbers in every order."""
+"""Products without waste, in the evaluations and in torch's formulas for second derivatives: the same numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import geoad
+from geoad.kernels import products
 from geoad.kernels.lean import Lean
 
 CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -122,3 +124,29 @@ def test_a_hessian_product_spends_no_convolution_on_the_data() -> None:
     plain = torch.func.jvp(torch.func.grad(loss), (theta,), (v.blocks,))[1]
     for name, block in H.mv(v).blocks.items():
         torch.testing.assert_close(block, plain[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(6), lambda: nn.GroupNorm(2, 6), lambda: nn.BatchNorm1d(6), nn.Identity])
+def test_both_products_of_one_evaluation(norm: Callable[[], nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(3, 6), norm(), nn.Tanh(), nn.Linear(6, 2)).eval()
+    x, theta = torch.randn(5, 3), {name: p.detach() for name, p in net.named_parameters()}
+    v = {name: torch.randn_like(p) for name, p in theta.items()}
+    geo = geoad.GeoModule(net)
+
+    def f(t: Any) -> Tensor:
+        return geo.evaluate(t, x)
+
+    value, velocity, pull = products.push_pull(f, theta, v)
+    plain = lambda t: torch.func.functional_call(net, t, (x,))  # noqa: E731
+    J = torch.func.jacrev(plain)(theta)
+    expected = sum(torch.einsum("nc...,...->nc", J[name].reshape(5, 2, -1), v[name].reshape(-1)) for name in theta)
+    torch.testing.assert_close(value, plain(theta))
+    torch.testing.assert_close(velocity, expected)
+    for name, block in pull(velocity).items():
+        torch.testing.assert_close(block, torch.einsum("nc,nc...->...", expected, J[name]))
+    # and once more, inside of a derivative
+    bend = lambda t: products.push_pull(f, t, v)[1]  # noqa: E731
+    second = products.jvp(bend, theta, v)[1]
+    curve = lambda s: plain({name: t + s * v[name] for name, t in theta.items()})  # noqa: E731
+    numeric = (curve(1e-4) - 2 * curve(0.0) + curve(-1e-4)) / 1e-8
+    torch.testing.assert_close(second, numeric, rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ from geoad.kernels.graph import dependencies, nodes, once_differentiable
 from geoad.kernels.ladder import at_top_level, climb, differentiated_twice, failed_before, refuse_second
 from geoad.kernels.lean import Lean
 from geoad.kernels.norms import SpelledOut
+from geoad.kernels.spelled import apart
 from geoad.params import flatten, is_wrapped
 
 __all__ = ["batched", "gradient", "hessian_product", "jvp", "mapped", "push_pull", "quiet_vmap", "vjp"]
@@ -86,14 +87,15 @@ def push_pull(fn: Callable[[Any], Tensor], x: Any, v: Any) -> tuple[Tensor, Tens
     """
 
     def together() -> tuple[Any, ...]:
-        value, pull, velocity = _vjp(lambda y: _jvp(fn, (y,), (v,)), x, has_aux=True)
+        with apart():
+            value, pull, velocity = _vjp(lambda y: _jvp(fn, (y,), (v,)), x, has_aux=True)
         return value, velocity, lambda u: pull(u)[0]
 
-    def apart() -> tuple[Any, ...]:
+    def in_turn() -> tuple[Any, ...]:
         value, pull = vjp(fn, x)
         return value, jvp(fn, x, v)[1], pull
 
-    return cast("tuple[Tensor, Tensor, Callable[[Tensor], Any]]", climb("product", [("forward", together), ("apart", apart)]))
+    return cast("tuple[Tensor, Tensor, Callable[[Tensor], Any]]", climb("product", [("forward", together), ("apart", in_turn)]))
 
 
 def gradient(fn: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
