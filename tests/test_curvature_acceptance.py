@@ -479,3 +479,63 @@ def test_scipy_sees_the_components_of_the_chart(representation: Any) -> None:
     psi = geo.reference.reparametrize(maps.Coupling(generator=seeded()), name="psi").target
     G, w = Fisher(geo, X, representation=representation)(geo.point().to(psi)), torch.randn(psi.dim)
     same(torch.as_tensor(G.to_scipy() @ w.numpy()), G.to_dense() @ w, 1e-8)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------------
+
+
+class Casting(nn.Module):
+    """A norm in single precision inside of a network in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).float()
+        return self.b((h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+
+
+class TwoTypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4).float(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x.float())).double())
+
+
+@pytest.mark.parametrize("representation", ["dense", "diagonal", "implicit"])
+def test_a_network_that_rounds_inside_does_not_mix_its_samples(representation: str) -> None:
+    net, x = Casting(), randn(6, 3)
+    full = plain_fisher(net, x)
+    geo = geoad.GeoModule(net)
+    wanted = torch.diag(full.diagonal()) if representation == "diagonal" else full
+    same(Fisher(geo, x, representation=representation)(geo.point()).to_dense(), wanted, 1e-5)
+
+
+def test_parameters_of_two_types_have_products_and_no_matrix() -> None:
+    geo, x = geoad.GeoModule(TwoTypes()), randn(6, 3)
+    p = geo.point()
+    w = geoad.grad(geo.loss(F.cross_entropy, (x, Y[:6])))(p)
+    v = geoad.Vector(geo.reference, w.components, p)
+    product = Fisher(geo, x)(p) @ v
+    assert {block.dtype for block in product.components.values()} == {torch.float32, torch.float64}
+    for representation in ("dense", "kfac", "diagonal"):
+        with pytest.raises(geoad.GeometryError, match=r"float32 and torch\.float64.*implicit"):
+            Fisher(geo, x, representation=representation)(p)
+
+
+def test_samples_that_do_depend_on_each_other_are_still_found() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.l(x)
+            return h - h.mean(0)
+
+    geo = geoad.GeoModule(Centred())
+    with pytest.raises(geoad.UnsupportedModuleError, match="depend on the other samples"):
+        Fisher(geo, randn(6, 3), representation="dense")(geo.point())

@@ -174,12 +174,30 @@ def _compare(net: nn.Module, run: Run, theta: Blocks, samples: list[Any], varies
         alone = [next(_tensors(run(theta, each)), None) for each in samples]
     if both is None or both.ndim == 0 or len(both) != 2 or any(each is None or len(each) != 1 for each in alone):
         return True  # no outputs by sample
-    if not _close([both], [torch.cat([each for each in alone if each is not None])], 1e6):
+    coarsest = _Coarsest()
+    with torch.no_grad(), coarsest:
+        run(theta, samples[0])
+    if not _close([both], [torch.cat([each for each in alone if each is not None])], 1e6, coarsest.eps):
         raise UnsupportedModuleError(
             f"the outputs of {_name(net)} for one sample depend on the other samples of the batch, so it has no Jacobian of a "
             "single sample. Objects of whole batches work: representation='implicit'."
         )
     return True
+
+
+class _Coarsest(TorchFunctionMode):
+    """The coarsest precision of the numbers in an evaluation: layers of another dtype, or norms that cast, round by theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in _tensors(result):
+            if each.is_floating_point() or each.is_complex():
+                self.eps = max(self.eps, torch.finfo(each.dtype).eps)
+        return result
 
 
 _PROBE = "_geoad_probe"
@@ -297,15 +315,15 @@ def _mapped(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _close(first: list[Tensor], second: list[Tensor], roundings: float) -> bool:
-    """Equal up to what other orders of summation may change."""
+def _close(first: list[Tensor], second: list[Tensor], roundings: float, coarsest: float = 0.0) -> bool:
+    """Equal up to what other orders of summation may change, in the `coarsest` precision that took part."""
     if [each.shape for each in first] != [each.shape for each in second]:
         return False
     for a, b in zip(first, second, strict=True):
         if not (a.is_floating_point() or a.is_complex()) or torch.equal(a, b):
             continue
         a, b = a.detach(), b.detach()
-        eps = torch.finfo(a.dtype).eps
+        eps = max(torch.finfo(a.dtype).eps, coarsest)
         size = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
         if not torch.allclose(a, b, rtol=0.0, atol=min(roundings * eps, eps**0.5) * size, equal_nan=True):
             return False
