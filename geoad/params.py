@@ -7,6 +7,8 @@ A *layout* is the ordered list of the blocks of a chart with their shapes. Compo
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -40,6 +42,11 @@ __all__ = [
 ]
 
 Blocks = dict[str, Tensor]
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of numbers without gaps."""
+    return tuple(itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1] if shape else ()
 
 
 class Layout(Mapping[str, torch.Size]):
@@ -119,14 +126,37 @@ class Layout(Mapping[str, torch.Size]):
         return block.shape[: block.ndim - len(self._shapes[name])]
 
     def ravel(self, blocks: Blocks) -> Tensor:
-        """All blocks as one tensor of shape (*batch, dim), in the order of the layout."""
+        """All blocks as one tensor of shape (*batch, dim), in the order of the layout; a view if they lie side by side."""
         if self.row is not None:
             return blocks[self.row]
+        whole = self._side_by_side(blocks)
+        if whole is not None:
+            return whole
         parts: list[Tensor] = []
         for name, shape in self._shapes.items():
             block = blocks[name]
             parts.append(block.reshape(*block.shape[: block.ndim - len(shape)], shape.numel()))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def rows(self, count: int, like: Tensor) -> Blocks:
+        """Blocks with one batch axis, not filled, that lie side by side in memory: `ravel` takes no copy of them."""
+        whole = like.new_empty((count, self.dim))
+        return {name: whole[:, place].view(count, *self._shapes[name]) for name, place in self.offsets().items()}
+
+    def _side_by_side(self, blocks: Blocks) -> Tensor | None:
+        """The tensor (n, dim) of which the blocks are the columns, made by `rows`."""
+        first = blocks[self.names[0]]
+        if first.ndim != len(self._shapes[self.names[0]]) + 1 or len(self.names) == 1 or is_wrapped(blocks):
+            return None
+        start, base = first.storage_offset(), first._base
+        if base is None or base.shape != (len(first), self.dim) or not base.is_contiguous() or start != base.storage_offset():
+            return None
+        for (name, shape), place in zip(self._shapes.items(), self.offsets().values(), strict=True):
+            block = blocks[name]
+            there = block._base is base and block.storage_offset() == start + place.start
+            if not there or block.requires_grad or block.shape[1:] != shape or block.stride() != (self.dim, *_strides(shape)):
+                return None
+        return base
 
     def unravel(self, vector: Tensor) -> Blocks:
         """The inverse of `ravel`."""

@@ -15,7 +15,7 @@ from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels.layered import Rows
 from geoad.kernels.memory import bytes_of
 from geoad.module.sources import LossSource
-from geoad.params import Blocks
+from geoad.params import Blocks, Layout, first
 from geoad.tensors import Covector
 
 if TYPE_CHECKING:
@@ -100,13 +100,14 @@ class _PerSample:
     def gradients(self, x: Blocks) -> Blocks:
         """(N, *shape) for each block."""
         total = self.source.batches.own
-        result = {name: block.new_empty((total, *block.shape)) for name, block in x.items()}
+        result = Layout({name: block.shape for name, block in x.items()}).rows(total, first(x))
         sweep(
-            Plans(self.outputs, x),
+            Plans(self.outputs, x, tried=False),
             self.batches(),
             lambda outputs, _: (torch.ones_like(outputs).unsqueeze(0), None),
             [_Written(result)],
             max_memory=self.max_memory,
+            most=2048,
             progress=self.progress,
             total=total,
         )

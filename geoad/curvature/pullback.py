@@ -75,9 +75,9 @@ class OutputCurvature(MetricField):
             yield functools.partial(self._product, part, x)
 
     def _product(self, part: Part, x: Blocks, v: Blocks) -> Blocks:
-        f, velocity = products.jvp(part.outputs, x, v)
+        f, velocity, pull = products.push_pull(part.outputs, x, v)
         self.inspect(f, x)
-        return products.vjp(part.outputs, x)[1](part.weight * part.bend(f, velocity))
+        return pull(part.weight * part.bend(f, velocity))
 
     @property
     def exchange(self) -> Exchange | None:
