@@ -186,7 +186,6 @@ class NetworkCurvature(OutputCurvature):
         if isinstance(self.structure, Implicit):
             self.agree(x)
             return super().operator(x)
-        _require_one_dtype(x)
         return build(self, x, self.structure)
 
     def product(self, x: Blocks, v: Blocks) -> Blocks:
@@ -195,7 +194,6 @@ class NetworkCurvature(OutputCurvature):
         return self.operator(x).mv(v)
 
     def dense(self, x: Blocks) -> Tensor:
-        _require_one_dtype(x)
         return ops.to_dense(build(self, x, Dense()))
 
     def coverage(self) -> dict[str, str]:
@@ -210,15 +208,6 @@ class NetworkCurvature(OutputCurvature):
     def some_inputs(self) -> Any:
         """The inputs of the first batch."""
         return next(inputs for _, inputs, _ in self.batches.sized())
-
-
-def _require_one_dtype(x: Blocks) -> None:
-    kinds = sorted({str(block.dtype) for block in x.values()})
-    if len(kinds) > 1:
-        raise GeometryError(
-            f"the parameters are {' and '.join(kinds)}; a matrix over all of them has one dtype, and which one is not for geoad "
-            f"to choose. Convert the network (geo.to(torch.float64)), or use products alone: representation='implicit'."
-        )
 
 
 def _not_finite(what: str, outputs: Tensor, x: Blocks) -> str:
