@@ -539,3 +539,33 @@ def test_samples_that_do_depend_on_each_other_are_still_found() -> None:
     geo = geoad.GeoModule(Centred())
     with pytest.raises(geoad.UnsupportedModuleError, match="depend on the other samples"):
         Fisher(geo, randn(6, 3), representation="dense")(geo.point())
+
+
+# -- training ----------------------------------------------------------------------------------------------------------------
+
+TRAINING: dict[str, Any] = {
+    "asinh": lambda: maps.Asinh(),
+    "coupling": lambda: maps.Coupling(generator=seeded(1)),
+    "layers": lambda: {"[lo].*": maps.LayerAffine(generator=seeded(1))},
+    "weight norm": lambda: {"*.weight": maps.WeightNorm()},
+}
+
+
+def _trained(recipe: Any) -> Tensor:
+    """Some steps with a running average of KFAC matrices, at the coordinates that `recipe` makes."""
+    torch.manual_seed(0)
+    geo = geoad.GeoModule(Plain())
+    theta, L, field = geo.reference, geo.loss(F.cross_entropy, (X, Y)), Fisher(geo, X, representation="kfac")
+    if recipe is not None:
+        geo.to(theta.reparametrize(recipe, name="psi").target)
+    average = None
+    for _ in range(4):
+        p = geo.point()
+        average = field(p) if average is None else running_average(average, field(p), 0.9, chart=theta)
+        geo.set_point(p.retract(average.solve(geoad.grad(L)(p), damping=LAM), -0.5))
+    return geo.point().to(theta).ravel()
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_with_averaged_factors_takes_one_path_in_all_coordinates(name: str) -> None:
+    same(_trained(TRAINING[name]()), _trained(None), 1e-9)
