@@ -15,7 +15,7 @@ from geoad.curvature.combine import combine, described
 from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDiagonal, Representation
 from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
-from geoad.errors import StructureNotPreservedError
+from geoad.errors import GeometryError, StructureNotPreservedError
 from geoad.kernels.spread import digest
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, first
@@ -30,8 +30,9 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     """The value of `field` at `x` in a stored representation.
 
     Raises:
-        GeometryError: the result does not fit into the memory of the machine.
+        GeometryError: the result does not fit into the memory of the machine, or the parameters are of several dtypes.
     """
+    _require_one_dtype(x)
     layout = field.home.layout
     plans = Plans(field.outputs, x)
     exchange = field.exchange
@@ -82,6 +83,15 @@ def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: 
 def _inspected(field: NetworkCurvature, x: Blocks, outputs: Tensor, labels: object) -> tuple[Tensor, Tensor | None]:
     field.inspect(outputs, x)
     return field.weighted_seeds(outputs, labels)
+
+
+def _require_one_dtype(x: Blocks) -> None:
+    kinds = sorted({str(block.dtype) for block in x.values()})
+    if len(kinds) > 1:
+        raise GeometryError(
+            f"the parameters are {' and '.join(kinds)}; a matrix over all of them has one dtype, and which one geoad cannot "
+            "know. Convert the network (geo.to(torch.float64)), or use products alone: representation='implicit'."
+        )
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------------

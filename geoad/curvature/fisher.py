@@ -20,6 +20,7 @@ from geoad.curvature.selection import selecting
 from geoad.curvature.sweep import Seeds
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.spread import fingerprint
 from geoad.params import Blocks, axpy, is_wrapped, scale
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ class Fisher(NetworkCurvature):
                 f"kind={kind!r} is not offered for the Fisher matrix. Available: {list(_KINDS)}. Choose one of these; nothing "
                 "is replaced by an approximation in silence."
             )
-        if samples < 1:
-            raise GeometryError(f"samples={samples}: a mean over no labels is undefined. Draw at least one for each sample.")
+        if not isinstance(samples, int) or samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(
+                f"samples={samples!r}: the mean runs over a whole number of labels. Draw at least one for each sample."
+            )
         super().__init__(
             geo,
             data,
@@ -120,6 +123,7 @@ class Fisher(NetworkCurvature):
 
     def resample(self) -> None:
         """Draw other labels from now on ("mc")."""
+        self.order: dict[int, str] = {}
         self.seed = int(torch.randint(1 << 62, (), generator=self.generator)) if self.kind == "mc" else 0
         if self.exchange is not None:  # the seed of the first process
             self.seed = self.exchange.gathered(self.seed)[0]
@@ -141,6 +145,18 @@ class Fisher(NetworkCurvature):
                 "kind='mc' need none."
             )
         return targets
+
+    def note(self, batch: int, inputs: Any) -> None:
+        """Labels drawn for one sample are not those of another: refuse batches that changed since they were drawn."""
+        if self.kind != "mc" or self.batches.lasting:
+            return
+        found = fingerprint(inputs)
+        if self.order.setdefault(batch, found) != found:
+            raise GeometryError(
+                f"batch {batch} holds other inputs than in the pass in which the labels of this Monte-Carlo Fisher were drawn "
+                "(a loader that shuffles or augments): they would be labels of other samples. Pass DataLoader(dataset, "
+                "batch_size=..., shuffle=False) or a list of batches, call resample() before each value, or use kind='exact'."
+            )
 
     def _scores(self, outputs: Tensor, labels: Any) -> Tensor:
         """The scores (m, *outputs.shape), one for each label of a sample."""

@@ -19,6 +19,7 @@ from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans, Seeds
 from geoad.data import Batches
 from geoad.errors import GeometryError
+from geoad.kernels.memory import bytes_of
 from geoad.kernels.spread import Exchange
 from geoad.params import Blocks, is_wrapped
 
@@ -84,7 +85,7 @@ class NetworkCurvature(OutputCurvature):
         self.likelihood = likelihood
         self.select = outputs
         self.reduction = reduction
-        self.max_memory, self.progress = max_memory, progress
+        self.max_memory, self.progress = bytes_of(max_memory), progress
 
     # -- what a subclass says ----------------------------------------------------------------------------------------------
 
@@ -99,6 +100,9 @@ class NetworkCurvature(OutputCurvature):
     def labels(self, outputs: Tensor, targets: Any, batch: int) -> Any:
         """What A needs to know of a batch beside its outputs."""
         return None
+
+    def note(self, batch: int, inputs: Any) -> None:
+        """Hook: a pass over the data comes to this batch."""
 
     # -- the network over the data -------------------------------------------------------------------------------------------
 
@@ -134,6 +138,7 @@ class NetworkCurvature(OutputCurvature):
         for i, (size, inputs, targets) in enumerate(self.batches.sized()):
             if page is not None and not page.saw(inputs, targets):
                 continue
+            self.note(i, inputs)
             yield Batch(size, inputs, self._fixed(x, inputs, targets, i))
 
     def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
@@ -158,6 +163,7 @@ class NetworkCurvature(OutputCurvature):
     def reference_parts(self) -> Iterable[Part]:
         weight = self.weight
         for i, (_, inputs, targets) in enumerate(self.batches.sized()):
+            self.note(i, inputs)
             labels = self.labels(torch.empty(0), targets, i)
             yield Part(
                 weight,

@@ -13,6 +13,7 @@ from geoad.curvature.sweep import Batch, Plans, sweep
 from geoad.errors import GeometryError
 from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels.layered import Rows
+from geoad.kernels.memory import bytes_of
 from geoad.module.sources import LossSource
 from geoad.params import Blocks, Layout, first
 from geoad.tensors import Covector
@@ -60,7 +61,7 @@ def per_sample_grads(
             "per_sample_grads needs the loss of a network over data, found a field of another kind (a sum of fields, a prior, "
             "a function of the network). Pass geo.loss(loss_fn, data) alone, and add the rest afterwards."
         )
-    per_sample = _PerSample(source, max_memory, progress)
+    per_sample = _PerSample(source, bytes_of(max_memory), progress)
 
     def at(p: Point) -> Covector:
         here = require_point(p, field.home, "a gradient").to(field.home)

@@ -12,6 +12,7 @@ from torch import Tensor
 from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.connection.products import contracted, first_kind
+from geoad.errors import UnsupportedModuleError
 from geoad.fields import MetricField, Transition
 from geoad.kernels import products
 from geoad.kernels.linear import MAX_MEMORY, Repeated
@@ -134,9 +135,15 @@ class CurvatureOperator(ops.Implicit):
         return self.field.shared("product", lambda v: self.products.batched(v, axes), v)
 
 
+_by_products = ops.to_dense.dispatch(ops.Implicit)
+
+
 @ops.to_dense.register
 def _(operator: CurvatureOperator) -> Tensor:
-    return operator.field.dense(operator.x)
+    try:
+        return operator.field.dense(operator.x)
+    except UnsupportedModuleError:  # samples that depend on each other (batch norm in training mode) have products only
+        return _by_products(operator)
 
 
 def _half_residual(field: OutputCurvature, x: Blocks, v: Blocks, w: Blocks) -> Blocks:

@@ -106,12 +106,14 @@ def sweep(
         each = rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
         return max(1, min(most, max_memory // (max(1, each) * max(4, first(x).element_size()))))
 
+    known: Linearized | None = None
     with progress_bar(progress, total) as bar:
         for batch in batches:
-            plan, start = plans.of(batch.inputs), 0
-            if not step:
-                sample = plans.trial(batch.inputs)
+            sample, start = plans.trial(batch.inputs), 0
+            plan = sample.plan
+            if not step or (known is not None and sample is not known):  # samples of another form need another room
                 step = room(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+            known = sample
             while start < batch.size:
                 part = slice(start, start + _even(batch.size - start, step))
                 linearized = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)

@@ -178,12 +178,36 @@ def _compare(net: nn.Module, run: Run, theta: Blocks, samples: list[Any], varies
     if together is None or together.ndim == 0 or len(together) != 3 or alone is None or len(alone) != 1:
         return True  # no outputs by sample
     # beside another sample, before and after it
-    if not (_close([together[:1]], [alone], 1e6) and _close([together[2:]], [alone], 1e6)):
+    pair = [together[:1], together[2:]]
+    if not _close(pair, [alone, alone], 1e6) and not _close(pair, [alone, alone], 1e6, _coarsest(run, theta, samples[0])):
         raise UnsupportedModuleError(
             f"the outputs of {_name(net)} for one sample depend on the other samples of the batch, so it has no Jacobian of a "
             "single sample. Objects of whole batches work: representation='implicit'."
         )
     return True
+
+
+def _coarsest(run: Run, theta: Blocks, args: Any) -> float:
+    """The rounding of the coarsest numbers in an evaluation: layers of another dtype, or norms that cast, round by theirs."""
+    precision = _Precision()
+    with torch.no_grad(), precision:
+        run(theta, args)
+    return precision.eps
+
+
+class _Precision(TorchFunctionMode):
+    """Notes the coarsest floating point type that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in _tensors(result):
+            if each.is_floating_point() or each.is_complex():
+                self.eps = max(self.eps, torch.finfo(each.dtype).eps)
+        return result
 
 
 _PROBE = "_geoad_probe"
@@ -301,15 +325,15 @@ def _mapped(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _close(first: list[Tensor], second: list[Tensor], roundings: float) -> bool:
-    """Equal up to what other orders of summation may change."""
+def _close(first: list[Tensor], second: list[Tensor], roundings: float, coarsest: float = 0.0) -> bool:
+    """Equal up to what other orders of summation may change, in the `coarsest` precision that took part."""
     if [each.shape for each in first] != [each.shape for each in second]:
         return False
     for a, b in zip(first, second, strict=True):
         if not (a.is_floating_point() or a.is_complex()) or torch.equal(a, b):
             continue
         a, b = a.detach(), b.detach()
-        eps = torch.finfo(a.dtype).eps
+        eps = max(torch.finfo(a.dtype).eps, coarsest)
         size = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
         if not torch.allclose(a, b, rtol=0.0, atol=min(roundings * eps, eps**0.5) * size, equal_nan=True):
             return False
