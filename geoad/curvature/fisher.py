@@ -20,6 +20,7 @@ from geoad.curvature.selection import selecting
 from geoad.curvature.sweep import Seeds
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.conditions import together
 from geoad.params import Blocks, axpy, is_wrapped, scale
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class Fisher(NetworkCurvature):
         if self.kind != "mc":
             return self
         twin = copy.copy(self)
-        twin.drawn = [batch.labels for batch in self.swept(x)]
+        twin.drawn = together(lambda: [batch.labels for batch in self.swept(x)])
         return twin
 
     def _less_mean(self, x: Blocks, op: ops.LinearOperator) -> ops.LinearOperator:

@@ -19,6 +19,7 @@ from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans, Seeds
 from geoad.data import Batches
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import holds
 from geoad.kernels.spread import Exchange
 from geoad.params import Blocks, is_wrapped
 
@@ -121,7 +122,7 @@ class NetworkCurvature(OutputCurvature):
 
     def inspect(self, outputs: Tensor, x: Blocks) -> None:
         """Refuse outputs that are not finite, where values can be read."""
-        if not is_wrapped({"outputs": outputs}) and not bool(outputs.isfinite().all()):
+        if not is_wrapped({"outputs": outputs}) and not holds(outputs.isfinite().all()):
             raise GeometryError(_not_finite(type(self).__name__, outputs, x))
 
     @property
@@ -142,7 +143,8 @@ class NetworkCurvature(OutputCurvature):
         with torch.no_grad():
             outputs = self.outputs(x, inputs)
             self.inspect(outputs, x)
-            return self.labels(outputs, targets, batch)
+            # labels drawn before that is looked at: no kernel of a device is given numbers that end the process
+            return self.labels(outputs.where(outputs.isfinite(), 0.0), targets, batch)
 
     needs_outputs: bool = False
     """`labels` looks at the outputs."""

@@ -14,6 +14,7 @@ import torch
 
 from geoad.curvature.collect import Collector
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import settle
 from geoad.kernels.spread import digest, fingerprint
 
 __all__ = ["Journal", "Page", "journal", "resumable", "resuming"]
@@ -146,7 +147,8 @@ class Page:
         return {"batches": max(self.seen, self.skip), "step": self.step, "chain": self.chain, "states": states}
 
     def save(self) -> None:
-        """Write the journal."""
+        """Write the journal, if all that was checked of the data holds."""
+        settle()
         self.book.save(self.content())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.conditions import holds
 from geoad.params import is_wrapped
 
 __all__ = ["Likelihood", "RealTargets", "described", "readable"]
@@ -147,7 +148,7 @@ class RealTargets(Likelihood):
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)
         y = self.real(outputs, targets)
-        if readable(y) and not bool(y.isfinite().all()):
+        if readable(y) and not holds(y.isfinite().all()):
             raise GeometryError(
                 f"{int((~y.isfinite()).sum())} of {y.numel()} targets are not finite. The curvature would be nan throughout; "
                 "drop these samples."
