@@ -121,7 +121,8 @@ class Fisher(NetworkCurvature):
 
     def resample(self) -> None:
         """Draw other labels from now on ("mc")."""
-        self.seed = int(torch.randint(1 << 62, (), generator=self.generator)) if self.kind == "mc" else 0
+        where = "cpu" if self.generator is None else self.generator.device
+        self.seed = int(torch.randint(1 << 62, (), generator=self.generator, device=where)) if self.kind == "mc" else 0
         if self.exchange is not None:  # the seed of the first process
             self.seed = self.exchange.gathered(self.seed)[0]
 
@@ -210,7 +211,7 @@ class Fisher(NetworkCurvature):
 
     def _score_parts(self) -> Iterable[tuple[Callable[[Blocks], Tensor], Callable[[Tensor], Tensor]]]:
         for i, (_, inputs, targets) in enumerate(self.batches.sized()):
-            labels = self.labels(torch.empty(0), targets, i)
+            labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield (
                 lambda x, inputs=inputs: self.outputs(x, inputs),
                 lambda f, labels=labels: self._scores(f, labels)[0],

@@ -139,7 +139,7 @@ class NetworkCurvature(OutputCurvature):
 
     def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
         if not self.needs_outputs:
-            return self.labels(torch.empty(0), targets, batch)
+            return self.labels(torch.empty(0, device="cpu"), targets, batch)
         with torch.no_grad():
             outputs = self.outputs(x, inputs)
             self.inspect(outputs, x)
@@ -160,7 +160,7 @@ class NetworkCurvature(OutputCurvature):
     def reference_parts(self) -> Iterable[Part]:
         weight = self.weight
         for i, (_, inputs, targets) in enumerate(self.batches.sized()):
-            labels = self.labels(torch.empty(0), targets, i)
+            labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield Part(
                 weight,
                 lambda theta, inputs=inputs: self.evaluate(theta, inputs),

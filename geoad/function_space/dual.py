@@ -83,7 +83,7 @@ class DualSolver:
             raise ChartMismatchError(
                 f"a dual solve takes place at a point of the network, found {describe(p)}. Pass geo.point()."
             )
-        if not bool(torch.as_tensor(damping) > 0):
+        if not float(damping) > 0:
             raise GeometryError(
                 f"damping={float(damping):g}: without a positive multiple of the metric the matrix has rank N·K at most and no "
                 "inverse. Pass damping > 0, or solve by the dense matrix."

@@ -38,7 +38,7 @@ class _Gathered:
         return all(bool(each) for each in found.values())
 
 
-class _Broken(Exception):  # noqa: N818
+class _Broken(Exception):
     """A condition does not hold: for `together`, which finds out which one."""
 
 
@@ -95,23 +95,23 @@ def together(compute: Callable[[], T], again: Callable[[], object] | None = None
     if _local.gathered is not None:  # they are looked at by whoever began
         return compute()
     _local.gathered = gathered = _Gathered()
-    failed: Exception | None = None
     try:
         result = compute()
-    except Exception as error:
-        failed = error
+        if gathered.hold():
+            return result
+    except _Broken:
+        pass
+    except Exception:
+        if _unharmed(gathered):
+            raise
     finally:
         _local.gathered = None
-    if failed is not None and not isinstance(failed, _Broken) and _unharmed(gathered):
-        raise failed
-    if failed is None and gathered.hold():
-        return result  # pyright: ignore[reportPossiblyUnboundVariable]
     (again or compute)()
     raise GeometryError(
         "values that were checked on the way were out of range (not finite, or labels that do not exist), but not when they "
         "were computed once more to say which. The data or the network are random: fix their seeds, or turn what is random off "
         "(net.eval())."
-    ) from (None if isinstance(failed, _Broken) else failed)
+    )
 
 
 def _unharmed(gathered: _Gathered) -> bool:

@@ -77,7 +77,8 @@ class Categorical(Likelihood):
         p = wide(outputs.detach()).movedim(self.axis, -1).softmax(-1)
         if p.numel() == 0:
             return p.new_empty(p.shape[:-1], dtype=torch.int64)
-        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+        # as torch.multinomial draws one label, which waits for the device to look at p: the first of exponential clocks
+        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
     def matrix(self, outputs: Tensor, targets: Any = None) -> Tensor:
         """The blocks of A, (n, ..., c, c), with the class axis moved to the end."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from geoad.curvature.likelihoods.base import Likelihood, readable
 from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, spread_signs, wide
 from geoad.errors import GeometryError
-from geoad.kernels.conditions import holds
 from geoad.kernels import products
+from geoad.kernels.conditions import holds
 from geoad.params import flatten
 
 __all__ = ["Loss", "OutputMatrix"]
