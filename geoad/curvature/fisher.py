@@ -123,8 +123,8 @@ class Fisher(NetworkCurvature):
         """Draw other labels from now on ("mc")."""
         where = "cpu" if self.generator is None else self.generator.device
         self.seed = int(torch.randint(1 << 62, (), generator=self.generator, device=where)) if self.kind == "mc" else 0
-        if self.exchange is not None:  # the seed of the first process
-            self.seed = self.exchange.gathered(self.seed)[0]
+        if self.exchange is not None and self.kind == "mc":  # the seed of the first process
+            self.seed = self.exchange.gathered(self.seed, "seeds of Fisher(kind='mc')")[0]
 
     # -- A -------------------------------------------------------------------------------------------------------------------
 

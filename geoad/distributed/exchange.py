@@ -49,9 +49,10 @@ class ProcessGroup:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise GeometryError("this process does not belong to the group it is to work with. Call this in its members only.")
-        backend = str(dist.get_backend(group))
-        by_cuda = "nccl" in backend and "gloo" not in backend
-        self.device = torch.device("cuda", torch.cuda.current_device()) if by_cuda else torch.device("cpu")
+        self.kinds = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
+        self.device = torch.device("cpu")  # of what the processes say to each other
+        if "cpu" not in self.kinds:  # nccl
+            self.device = torch.device(self.kinds[0], torch.get_device_module(self.kinds[0]).current_device())
 
     def __deepcopy__(self, memo: Any) -> ProcessGroup:
         return self
@@ -76,13 +77,17 @@ class ProcessGroup:
         key = digest(text)
         with outside_of_transforms():
             told = torch.tensor([key, -key, int(failed)], dtype=torch.int64, device=self.device)
-            self._run(lambda: dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group), text)
-            low, high, any_failed = told.tolist()
+
+            def message() -> list[int]:
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+                return told.tolist()
+
+            low, high, any_failed = self._run(message, text)
         return low == -high, bool(any_failed)
 
     def _refuse(self, call: str, error: Exception | None) -> None:
         """Raise in all processes what some of them say."""
-        said = self.gathered((call, None if error is None else f"{type(error).__name__}: {error}"))
+        said = self._gathered((call, None if error is None else f"{type(error).__name__}: {error}"))
         if error is not None:
             return
         broken = [f"process {rank}: {words}" for rank, (_, words) in enumerate(said) if words is not None]
@@ -128,13 +133,17 @@ class ProcessGroup:
             flat = tensors[places[0]].clone(memory_format=torch.contiguous_format)
         else:
             flat = torch.cat([tensors[i].reshape(-1) for i in places])
-        self._run(lambda: dist.all_reduce(flat, group=self.group), call)
+
+        def message(each: Tensor) -> None:
+            dist.all_reduce(each, group=self.group)
+
+        flat = self._exchanged(flat, message, call)
         parts = flat.flatten().split([tensors[i].numel() for i in places])
         return {i: part.view(tensors[i].shape) for i, part in zip(places, parts, strict=True)}
 
     def joined(self, stacks: Sequence[Tensor], call: str) -> list[Tensor]:
         """Tensors side by side along the first axis, in the order of the processes: sums of what is padded with zeros."""
-        counts = self.gathered([len(each) for each in stacks])
+        counts = self.gathered([len(each) for each in stacks], call)
         padded: list[Tensor] = []
         for i, each in enumerate(stacks):
             start = sum(count[i] for count in counts[: self.rank])
@@ -143,18 +152,31 @@ class ProcessGroup:
             padded.append(whole)
         return self.sum(padded, call)
 
-    def gathered(self, thing: Any) -> list[Any]:
-        """The (small, picklable) things of all processes."""
+    def gathered(self, thing: Any, call: str = "gather") -> list[Any]:
+        """The (small, picklable) things of all processes; `call` says what they are and must be the same."""
+        self.agree(f"{call}, gathered")
+        return self._gathered(thing)
+
+    def _gathered(self, thing: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
         with outside_of_transforms():
             self._run(lambda: dist.all_gather_object(found, thing, group=self.group), "gather")
         return found
 
     def sent(self, tensor: Tensor, source: int, call: str) -> Tensor:
-        """`tensor` as process `source` of the group has it, written over that of the others."""
+        """`tensor` as process `source` of the group has it, written over that of the others; to be agreed upon before."""
         place = source if self.group is None else dist.get_global_rank(self.group, source)
-        self._run(lambda: dist.broadcast(tensor, place, group=self.group), call)
-        return tensor
+
+        def message(each: Tensor) -> None:
+            dist.broadcast(each, place, group=self.group)
+
+        return self._exchanged(tensor, message, call)
+
+    def _exchanged(self, tensor: Tensor, message: Callable[[Tensor], object], call: str) -> Tensor:
+        """`tensor` after a message that is written into it; by way of another device if the processes know no other."""
+        there = tensor if tensor.device.type in self.kinds else tensor.to(self.device)
+        self._run(lambda: message(there), call)
+        return there.to(tensor.device)
 
     def _run(self, message: Callable[[], T], call: str) -> T:
         try:
