@@ -31,7 +31,7 @@ def combine(collectors: Sequence[Collector], exchange: Exchange, call: str) -> N
     with exchange.guarded(call):
         states = [each.state() for each in collectors]
         forms = [_form(each, state) for each, state in zip(collectors, states, strict=True)]
-    if not exchange.alike(f"{call}: {[sorted(form) for form in forms]}"):  # the network took another path elsewhere
+    if not exchange.alike(f"{[sorted(form) for form in forms]}", call):  # the network took another path elsewhere
         _fill(states, exchange.gathered(forms, call), collectors[0])
     summed = [(i, name) for i, each in enumerate(collectors) if not each.stacked for name in sorted(states[i])]
     stacked = [(i, name) for i, each in enumerate(collectors) if each.stacked for name in sorted(states[i])]

@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 from collections.abc import Generator, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def resumable(path: str | os.PathLike[str], every: int = 100) -> Generator[None]
         every: in batches of this process.
 
     Raises:
-        GeometryError: the file belongs to another field, point, network or data set, or is no such file; two matrices are
-            asked for in one block.
+        GeometryError: the file belongs to another field, point, network or data set, or to another number of processes, or is
+            no such file; two matrices are asked for in one block.
 
     The batches that are done are still drawn from the data, and compared with what was seen before: the order must not change.
     Representations of "ekfac" go through the data twice here. Matrix-free values (representation="implicit") have no sweep, and
@@ -94,7 +95,22 @@ def journal(stamp: str, device: torch.device, rank: int = 0, size: int = 1) -> J
         )
     request.used = True
     path = request.path if size == 1 else request.path.with_name(f"{request.path.name}.{rank}-of-{size}")
+    _require_as_many(request.path, size)
     return Journal(path, request.every, stamp, device)
+
+
+def _require_as_many(path: Path, size: int) -> None:
+    """Raise if there are sums of another number of processes: their parts of the data are not those of today."""
+    found = [1] if path.exists() else []
+    for each in path.parent.glob(f"{escape(path.name)}.*-of-*"):
+        count = each.name.rpartition("-of-")[2]
+        found += [int(count)] if count.isdigit() else []
+    others = sorted(set(found) - {size})
+    if others:
+        raise GeometryError(
+            f"'{path}' was begun by {others[0]} processes, found {size} now. Each has sums over its own part of the data, and "
+            f"with {size} processes the parts are others. Start {others[0]} processes, or delete the files and begin again."
+        )
 
 
 class Page:

@@ -35,7 +35,7 @@ def require_group() -> None:
 class ProcessGroup:
     """The processes of a group of ``torch.distributed``, as a `geoad.kernels.spread.Exchange`.
 
-    Before anything is sent, all processes compare what they are about to do by one message of three numbers: sums of tensors of
+    Before anything is sent, all processes compare what they are about to do by one message of five numbers: sums of tensors of
     different sizes would end (gloo) or stop (nccl) the job. So each call is two messages, or more if it holds very large
     tensors, which are summed in place one by one.
 
@@ -61,29 +61,27 @@ class ProcessGroup:
 
     def agree(self, call: str) -> None:
         """Raise `ProcessError` in all processes unless all are at the same `call`."""
-        same, failed = self._compared(call)
-        if not same or failed:
-            self._refuse(call, None)
+        self.alike("", call)
 
-    def alike(self, text: str) -> bool:
-        """All processes have the same `text`."""
-        same, failed = self._compared(text)
-        if failed:
-            self._refuse(text, None)
+    def alike(self, text: str, call: str = "compare") -> bool:
+        """All processes have the same `text`; raises `ProcessError` in all of them unless all are at the same `call`."""
+        together, same, failed = self._compared(call, text)
+        if failed or not together:
+            self._refuse(call, None)
         return same
 
-    def _compared(self, text: str, failed: bool = False) -> tuple[bool, bool]:
-        """(all have the same text, some process has failed)."""
-        key = digest(text)
+    def _compared(self, call: str, text: str, failed: bool = False) -> tuple[bool, bool, bool]:
+        """(all are at the same call, all have the same text, some process has failed)."""
+        mine, said = digest(call), digest(text)
         with outside_of_transforms():
-            told = torch.tensor([key, -key, int(failed)], dtype=torch.int64, device=self.device)
+            told = torch.tensor([mine, -mine, said, -said, int(failed)], dtype=torch.int64, device=self.device)
 
             def message() -> list[int]:
                 dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
                 return told.tolist()
 
-            low, high, any_failed = self._run(message, text)
-        return low == -high, bool(any_failed)
+            *keys, any_failed = self._run(message, call)
+        return keys[0] == -keys[1], keys[2] == -keys[3], bool(any_failed)
 
     def _refuse(self, call: str, error: Exception | None) -> None:
         """Raise in all processes what some of them say."""
@@ -111,7 +109,7 @@ class ProcessGroup:
             raise
         except Exception as error:
             with contextlib.suppress(ProcessError):
-                self._compared(call, failed=True)
+                self._compared(call, "", failed=True)
                 self._refuse(call, error)
             raise
 

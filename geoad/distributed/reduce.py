@@ -113,7 +113,8 @@ def require_same_point(p: Point, group: Any = None, what: str = "combine what th
 
 
 def _require_same(p: Point, processes: ProcessGroup, what: str) -> None:
-    if not processes.alike(f"chart '{p.chart.name}', {list(p.chart.layout.items())}, point {fingerprint(p.blocks)}"):
+    place = f"chart '{p.chart.name}', {list(p.chart.layout.items())}, point {fingerprint(p.blocks)}"
+    if not processes.alike(place, what):
         raise BasePointError(
             f"cannot {what}: the processes are not at the same point of chart '{p.chart.name}' (their components differ). "
             "Tangent spaces at different points are different spaces. Start all processes from the same state_dict and let all "

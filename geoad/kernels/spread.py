@@ -52,8 +52,8 @@ class Exchange(Protocol):
         """Tensors side by side along the first axis, in the order of the processes."""
         ...
 
-    def alike(self, text: str) -> bool:
-        """All processes have the same `text`."""
+    def alike(self, text: str, call: str = "compare") -> bool:
+        """All processes have the same `text`; raise in all of them unless all are at the same `call`."""
         ...
 
     def gathered(self, thing: Any, call: str = "gather") -> list[Any]:

@@ -62,7 +62,7 @@ def _sides(request: Request, theta: Blocks, processes: ProcessGroup, call: str) 
         forms = forms_of([chunk.plain for chunk in right], processes)
         names = {frozenset(term.names for term in chunk.plain.terms) for chunk in left}
         own = all(frozenset(term.names for term in chunk.plain.terms) in names for chunk in right) and len(names) == 1
-        if processes.alike(f"structure {own}") and own and forms.alike:
+        if processes.alike(f"structure {own}", call) and own and forms.alike:
             break
     return (left, right), forms
 
