@@ -203,7 +203,8 @@ def test_no_wait_in_other_calls() -> None:
     assert not growth(later_products(hessian_products), most=0)
     assert not growth(value(gradient), most=0)
     assert not growth(value(sample_gradients), most=0)
-    assert not growth(value(dual), most=20)
+    found = growth(value(dual), most=20)
+    assert not [place for place in found if "program.py" not in place]  # its products are recorded, batch by batch
 
 
 # -- conditions that are looked at together ----------------------------------------------------------------------------------
@@ -315,6 +316,34 @@ def test_the_dual_solver_looks_at_the_last_batch_too() -> None:
     geo = geoad.GeoModule(network())
     with pytest.raises(GeometryError, match="not finite"):
         geoad.DualSolver(Fisher(geo, list(x.split(5))), geo.point(), damping=0.1)
+
+
+# -- comparisons that are read once ------------------------------------------------------------------------------------------
+
+
+def test_points_are_compared_by_one_look() -> None:
+    from geoad.params import _equal_at_once
+
+    a, b = torch.arange(3.0), torch.ones(2, 2)
+    with waits() as found:
+        assert _equal_at_once([(a, a.clone()), (b, b.clone())])
+    assert sum(found.values()) == 1
+    assert not _equal_at_once([(a, a.clone()), (b, b + 1)])
+    assert not _equal_at_once([(a, a * torch.nan)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool])
+def test_sums_of_bits_of_a_device(dtype: torch.dtype) -> None:
+    """Fingerprints of what is not on the CPU: read at once, and other ones for other numbers, places and signs."""
+    from geoad.kernels.spread import _sums
+
+    x = torch.arange(7).remainder(2).to(dtype)
+    others = [x.flip(0)[[0, 2, 1, 3, 4, 5, 6]], torch.cat([x, x[:1]]), x[1:], torch.zeros(0, dtype=dtype)]
+    with waits() as found:
+        sums = _sums([x, x.clone(), *others, x[::2], x[::2].contiguous()])
+    assert sum(found.values()) == 1  # by tolist
+    assert sums[0] == sums[1] and sums[-1] == sums[-2] and sums[0] not in sums[2:4]
+    assert _sums([]) == [] and _sums([torch.tensor(0.0)]) != _sums([torch.tensor(-0.0)])
 
 
 # -- nothing is made elsewhere -----------------------------------------------------------------------------------------------

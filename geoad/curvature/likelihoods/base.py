@@ -121,6 +121,11 @@ class Likelihood(ABC):
                 f"{type(self).__name__} was asked for a quantity that depends on the labels, and the data have none. Pass the "
                 "data as (x, y), or use kind='exact', which needs no labels."
             )
+        if isinstance(targets, Tensor) and targets.device != outputs.device:
+            raise GeometryError(
+                f"the targets are on {targets.device}, the outputs of the network on {outputs.device}, and numbers of two "
+                f"devices do not mix. Move them: y.to('{outputs.device}')."
+            )
 
 
 class RealTargets(Likelihood):
