@@ -121,11 +121,11 @@ def test_matrices(kind: str, representation: Any, device: str) -> None:
     twin = Twin(conv, device)
     for memory in (1 << 28, 1 << 12):
         twin.agree(
-            lambda geo, data, memory=memory: Fisher(
-                geo, data, kind=kind, representation=representation, max_memory=memory
-            )(geo.point()).to_dense(),
+            lambda geo, data, most=memory: Fisher(geo, data, kind=kind, representation=representation, max_memory=most)(
+                geo.point()
+            ).to_dense(),
             tolerance=tolerance(representation),
-        )  # fmt: skip
+        )
 
 
 NORMAL = Family(lambda f: torch.distributions.Normal(f[..., 0], f[..., 1].exp()))
@@ -267,9 +267,7 @@ def test_kernels(network: str, contract: str, device: str) -> None:
     twin = Twin(NETWORKS[network], device)
     for memory in (1 << 28, 1 << 14):
         twin.agree(lambda geo, data, m=memory: _kernel(geo, data, contract=contract, max_memory=m).to_dense())
-    twin.agree(
-        lambda geo, data: geoad.ntk(geo, data[0][0], data[1][0][:3], contract=contract)(geo.point()).to_dense()
-    )  # fmt: skip
+    twin.agree(lambda geo, data: geoad.ntk(geo, data[0][0], data[1][0][:3], contract=contract)(geo.point()).to_dense())
     for representation in ("diagonal", "kfac") if network == "mlp" else ():
         damped = lambda geo, data, r=representation: Fisher(geo, data, representation=r) + 0.1 * Euclidean(geo.reference)  # noqa: E731
         twin.agree(
