@@ -16,6 +16,7 @@ from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDia
 from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
 from geoad.errors import GeometryError, StructureNotPreservedError
+from geoad.kernels.conditions import together
 from geoad.kernels.spread import digest
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, first
@@ -64,20 +65,24 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
 
 
 def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None) -> None:
-    """One pass over the data of this process."""
-    page = None if log is None else log.page(waiting)
-    sweep(
-        plans,
-        field.swept(plans.x, page),
-        lambda f, y: _inspected(field, plans.x, f, y),
-        waiting,
-        max_memory=field.max_memory,
-        progress=field.progress,
-        total=field.batches.own if field.progress else None,
-        page=page,
-    )
-    if log is not None and page is not None:
-        log.turn(page)
+    """One pass over the data of this process; what is checked of them is looked at once, at the end."""
+
+    def go(consumers: list[Collector], log: Journal | None, progress: bool) -> None:
+        page = None if log is None else log.page(consumers)
+        sweep(
+            plans,
+            field.swept(plans.x, page),
+            lambda f, y: _inspected(field, plans.x, f, y),
+            consumers,
+            max_memory=field.max_memory,
+            progress=progress,
+            total=field.batches.own if progress else None,
+            page=page,
+        )
+        if log is not None and page is not None:
+            log.turn(page)
+
+    together(lambda: go(waiting, log, field.progress), again=lambda: go([], None, False))
 
 
 def _inspected(field: NetworkCurvature, x: Blocks, outputs: Tensor, labels: object) -> tuple[Tensor, Tensor | None]:

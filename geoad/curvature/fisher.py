@@ -20,6 +20,7 @@ from geoad.curvature.selection import selecting
 from geoad.curvature.sweep import Seeds
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.conditions import together
 from geoad.kernels.spread import fingerprint
 from geoad.params import Blocks, axpy, is_wrapped, scale
 
@@ -124,9 +125,10 @@ class Fisher(NetworkCurvature):
     def resample(self) -> None:
         """Draw other labels from now on ("mc")."""
         self.order: dict[int, str] = {}
-        self.seed = int(torch.randint(1 << 62, (), generator=self.generator)) if self.kind == "mc" else 0
-        if self.exchange is not None:  # the seed of the first process
-            self.seed = self.exchange.gathered(self.seed)[0]
+        where = "cpu" if self.generator is None else self.generator.device
+        self.seed = int(torch.randint(1 << 62, (), generator=self.generator, device=where)) if self.kind == "mc" else 0
+        if self.exchange is not None and self.kind == "mc":  # the seed of the first process
+            self.seed = self.exchange.gathered(self.seed, "seeds of Fisher(kind='mc')")[0]
 
     # -- A -------------------------------------------------------------------------------------------------------------------
 
@@ -203,7 +205,7 @@ class Fisher(NetworkCurvature):
         if self.kind != "mc":
             return self
         twin = copy.copy(self)
-        twin.drawn = [batch.labels for batch in self.swept(x)]
+        twin.drawn = together(lambda: [batch.labels for batch in self.swept(x)])
         return twin
 
     def _less_mean(self, x: Blocks, op: ops.LinearOperator) -> ops.LinearOperator:
@@ -225,7 +227,7 @@ class Fisher(NetworkCurvature):
 
     def _score_parts(self) -> Iterable[tuple[Callable[[Blocks], Tensor], Callable[[Tensor], Tensor]]]:
         for i, (_, inputs, targets) in enumerate(self.batches.sized()):
-            labels = self.labels(torch.empty(0), targets, i)
+            labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield (
                 lambda x, inputs=inputs: self.outputs(x, inputs),
                 lambda f, labels=labels: self._scores(f, labels)[0],

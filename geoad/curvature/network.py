@@ -19,6 +19,7 @@ from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans, Seeds
 from geoad.data import Batches
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import holds
 from geoad.kernels.memory import bytes_of
 from geoad.kernels.spread import Exchange
 from geoad.params import Blocks, is_wrapped
@@ -125,7 +126,7 @@ class NetworkCurvature(OutputCurvature):
 
     def inspect(self, outputs: Tensor, x: Blocks) -> None:
         """Refuse outputs that are not finite, where values can be read."""
-        if not is_wrapped({"outputs": outputs}) and not bool(outputs.isfinite().all()):
+        if not is_wrapped({"outputs": outputs}) and not holds(outputs.isfinite().all()):
             raise GeometryError(_not_finite(type(self).__name__, outputs, x))
 
     @property
@@ -143,11 +144,12 @@ class NetworkCurvature(OutputCurvature):
 
     def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
         if not self.needs_outputs:
-            return self.labels(torch.empty(0), targets, batch)
+            return self.labels(torch.empty(0, device="cpu"), targets, batch)
         with torch.no_grad():
             outputs = self.outputs(x, inputs)
             self.inspect(outputs, x)
-            return self.labels(outputs, targets, batch)
+            # labels drawn before that is looked at: no kernel of a device is given numbers that end the process
+            return self.labels(outputs.where(outputs.isfinite(), 0.0), targets, batch)
 
     needs_outputs: bool = False
     """`labels` looks at the outputs."""
@@ -164,7 +166,7 @@ class NetworkCurvature(OutputCurvature):
         weight = self.weight
         for i, (_, inputs, targets) in enumerate(self.batches.sized()):
             self.note(i, inputs)
-            labels = self.labels(torch.empty(0), targets, i)
+            labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield Part(
                 weight,
                 lambda theta, inputs=inputs: self.evaluate(theta, inputs),

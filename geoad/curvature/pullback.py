@@ -15,6 +15,7 @@ from geoad.connection.products import contracted, first_kind
 from geoad.errors import UnsupportedModuleError
 from geoad.fields import MetricField, Transition
 from geoad.kernels import products
+from geoad.kernels.conditions import together
 from geoad.kernels.linear import MAX_MEMORY, Repeated
 from geoad.kernels.spread import Exchange, fingerprint, spread, total
 from geoad.params import Blocks, axpy, scale
@@ -92,10 +93,10 @@ class OutputCurvature(MetricField):
         """`compute` (arguments), a sum over parts, completed by the other processes."""
         exchange = self.exchange
         if exchange is None:
-            return compute(*arguments)
+            return together(lambda: compute(*arguments))
         call = f"{what} of {type(self).__name__} with {fingerprint(arguments)}"
         with self.guarded(call):
-            own = compute(*spread(arguments, exchange, call))
+            own = together(lambda: compute(*spread(arguments, exchange, call)))
         return total(own, exchange, call)
 
     def product(self, x: Blocks, v: Blocks) -> Blocks:
