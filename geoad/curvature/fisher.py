@@ -13,11 +13,12 @@ from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.curvature.build import build, less_mean
 from geoad.curvature.likelihoods import Likelihood, likelihood_of
+from geoad.curvature.likelihoods.base import seeds_of
+from geoad.curvature.likelihoods.roots import Seeds
 from geoad.curvature.network import NetworkCurvature
 from geoad.curvature.pullback import CurvatureOperator, Part
 from geoad.curvature.representations import Implicit
 from geoad.curvature.selection import selecting
-from geoad.curvature.sweep import Seeds
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.params import Blocks, axpy, is_wrapped, scale
@@ -151,9 +152,9 @@ class Fisher(NetworkCurvature):
 
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
         if self.kind == "exact":
-            return self.likelihood.root(outputs), None
+            return seeds_of(self.likelihood, outputs)
         scores = self._scores(outputs, labels)
-        return scores / len(scores) ** 0.5, None
+        return Seeds.given(scores / len(scores) ** 0.5)
 
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
         if self.kind == "exact":

@@ -13,10 +13,11 @@ from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.curvature.build import build, require_chart
 from geoad.curvature.combine import described
+from geoad.curvature.likelihoods.roots import Seeds
 from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
 from geoad.curvature.resume import Page
-from geoad.curvature.sweep import Batch, Plans, Seeds
+from geoad.curvature.sweep import Batch, Plans
 from geoad.data import Batches
 from geoad.errors import GeometryError
 from geoad.kernels.spread import Exchange
@@ -90,7 +91,7 @@ class NetworkCurvature(OutputCurvature):
 
     @abstractmethod
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
-        """(s, signs) with A = Σ_k signs_k s_k s_kᵀ: shape (K, *outputs.shape); signs is None where all are +1."""
+        """The seeds of A = Σ_k σ_k s_k s_kᵀ."""
 
     @abstractmethod
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
@@ -152,8 +153,7 @@ class NetworkCurvature(OutputCurvature):
 
     def weighted_seeds(self, outputs: Tensor, labels: Any) -> Seeds:
         """The seeds of w A."""
-        s, signs = self.seeds(outputs, labels)
-        return self.weight**0.5 * s, signs
+        return self.seeds(outputs, labels).scaled(self.weight**0.5)
 
     def reference_parts(self) -> Iterable[Part]:
         weight = self.weight

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from geoad.curvature.likelihoods.roots import Portion, Seeds
 from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.layered import Linearized, Outputs, Plan, Rows, linearize, trial
 from geoad.params import Blocks, Layout, first
 
-__all__ = ["Batch", "Consumer", "Plans", "Seeds", "sweep"]
+__all__ = ["Batch", "Consumer", "Plans", "Portion", "Seeds", "sweep"]
 
 
 class Batch(NamedTuple):
@@ -25,15 +27,11 @@ class Batch(NamedTuple):
     labels: Any
 
 
-Seeds = tuple[Tensor, Tensor | None]
-"""(s, signs): s of shape (K, n, ..., c), with A = Σ_k signs_k s_k s_kᵀ for each sample."""
-
-
 class Consumer(Protocol):
     """Collects rows."""
 
     def add(self, rows: Rows, signs: Tensor | None) -> None:
-        """Take the rows (n, K) of a chunk, and their signs (K, n) where not all are +1."""
+        """Take the rows (n, K) of a chunk, or of a portion of its seeds, and their signs (K, n) where not all are +1."""
         ...
 
     def numbers_of_a_sample(self, rows: Rows) -> int:
@@ -73,7 +71,7 @@ class Plans:
 def sweep(
     plans: Plans,
     batches: Iterable[Batch],
-    seeds: Callable[[Tensor, Any], Seeds],
+    seeds: Callable[[Tensor, Any], Portion | Seeds],
     consumers: Sequence[Consumer],
     *,
     max_memory: int,
@@ -84,33 +82,41 @@ def sweep(
     """Go through the data once; `page` is told of each batch that is done, and says where to go on.
 
     The number of samples that are taken together follows from what the first one needs, so that the rows and what the
-    consumers make of them stay within `max_memory` bytes; a single sample is always taken.
+    consumers make of them stay within `max_memory` bytes. Where one sample is too much, its seeds are made and pulled in
+    portions; a single one is always taken, and so is a tuple of seeds as a whole.
     """
     x = plans.x
     layout = Layout({name: block.shape for name, block in x.items()})
     step = 0 if page is None else page.step
 
-    def most(rows: Rows) -> int:
-        each = rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
-        return max(1, min(_MOST, max_memory // (max(1, each) * max(4, first(x).element_size()))))
+    def numbers(sample: Linearized, count: int) -> int:
+        rows = sample.outline(count)
+        return rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
+
+    room = max_memory // max(4, first(x).element_size())
+
+    def most(sample: Linearized, count: int) -> int:
+        return max(1, min(_MOST, room // max(1, numbers(sample, count))))
 
     with progress_bar(progress, total) as bar:
         for batch in batches:
             plan, start = plans.of(batch.inputs), 0
             if not step:
                 sample = plans.trial(batch.inputs)
-                step = most(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+                step = most(sample, _count(seeds(sample.outputs, take(batch.labels, slice(0, 1)))))
             while start < batch.size:
                 part = slice(start, start + _even(batch.size - start, step))
                 linearized = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
-                s, signs = seeds(linearized.outputs, take(batch.labels, part))
-                rows = linearized.pull(s)
-                for consumer in consumers:
-                    consumer.add(rows, signs)
-                start += rows.samples
+                found = seeds(linearized.outputs, take(batch.labels, part))
+                count, samples = _count(found), linearized.outputs.shape[0]
+                for i, (s, signs) in enumerate(_portions(found, lambda k, at=linearized: numbers(at, k), room // samples)):
+                    rows = linearized.pull(s)
+                    for consumer in consumers:
+                        consumer.add(rows if i == 0 else replace(rows, further=True), signs)
+                start += samples
                 if bar is not None:
-                    bar.update(rows.samples)
-                step = most(rows)
+                    bar.update(samples)
+                step = most(linearized, count)
             if page is not None:
                 page.done(step)
 
@@ -118,8 +124,28 @@ def sweep(
 _MOST = 1024
 
 
+def _count(seeds: Portion | Seeds) -> int:
+    return len(seeds) if isinstance(seeds, Seeds) else len(seeds[0])
+
+
+def _portions(seeds: Portion | Seeds, numbers: Callable[[int], int], room: int) -> Iterator[Portion]:
+    """The seeds, as many at a time as have `room`, where `numbers` says what some number of them takes for each sample."""
+    if not isinstance(seeds, Seeds):
+        yield seeds
+        return
+    count = len(seeds)
+    if numbers(count) <= room or count < 2:
+        yield seeds.all()
+        return
+    one = numbers(1)
+    width = max(1, -(-(numbers(count) - one) // (count - 1))) + seeds.columns[0, 0].numel()
+    step = _even(count, min(count, max(1, (room - one) // width)))
+    for start in range(0, count, step):
+        yield seeds.part(slice(start, start + step))
+
+
 def _even(left: int, step: int) -> int:
-    """`left` samples in as few portions as `step` allows, of one size."""
+    """`left` samples or seeds in as few portions as `step` allows, of one size."""
     return -(-left // -(-left // step))
 
 

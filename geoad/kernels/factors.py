@@ -89,12 +89,12 @@ class KroneckerSum:
         self._sums = [_Running(layer) for layer in self.layers]
 
     def add(self, rows: Rows, signs: Tensor | None = None) -> None:
-        """Add the rows of a chunk, with signs or weights (K, n)."""
+        """Add the rows of a chunk, with signs or weights (K, n); inputs count once, with the first seeds of their samples."""
         weights = None if signs is None else signs.to(rows.dtype)
         for each in self._sums:
             if not each.layer.uses(rows):
                 raise GeometryError(_another_path(each.layer))
-            each.samples += rows.samples
+            each.samples += 0 if rows.further else rows.samples
             if self.expand or each.layer.table:
                 _expand(each, rows, weights)
             else:
@@ -133,8 +133,9 @@ def _plus(total: Tensor | None, value: Tensor) -> Tensor:
 def _expand(total: _Running, rows: Rows, weights: Tensor | None) -> None:
     layer = total.layer
     for each in layer.uses(rows):
-        total.positions += signals_at(each.use, each.back[0][:1]).shape[2] * rows.samples
-        total.right = _plus(total.right, _right_expanded(layer, each))
+        if not rows.further:
+            total.positions += signals_at(each.use, each.back[0][:1]).shape[2] * rows.samples
+            total.right = _plus(total.right, _right_expanded(layer, each))
         for k, back in enumerate(each.back):
             total.left = _plus(total.left, _left_expanded(each, _kept(each, back), None if weights is None else weights[k]))
 
@@ -172,22 +173,24 @@ def _right_expanded(layer: Layer, each: UseRows) -> Tensor:
 
 
 def _reduce(total: _Running, rows: Rows, weights: Tensor | None) -> None:
-    layer, uses = total.layer, total.layer.uses(rows)
-    if layer.weight is None:
-        a = rows_of_ones(uses[0], layer)
-    else:
-        sums = [inputs_at(each.use, each.a).to(rows.dtype) for each in uses]
-        a = sum(each.sum(2) for each in sums) / sum(each.shape[2] for each in sums)
-        assert isinstance(a, Tensor)
-        if layer.bias is not None:
-            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-    a = a.transpose(0, 1)
-    total.right = _plus(total.right, a.mT @ a)
+    uses = total.layer.uses(rows)
+    if not rows.further:
+        a = _mean_input(total.layer, uses, rows.dtype).transpose(0, 1)
+        total.right = _plus(total.right, a.mT @ a)
     for k in range(rows.seeds):
         parts = [signals_at(each.use, each.back[k]).sum(2) for each in uses]
         g = torch.stack(parts).sum(0).transpose(0, 1)
         bent = g if weights is None else g * weights[k, :, None]
         total.left = _plus(total.left, bent.mT @ g)
+
+
+def _mean_input(layer: Layer, uses: Sequence[UseRows], dtype: torch.dtype) -> Tensor:
+    """The mean over positions, (n, groups, in)."""
+    if layer.weight is None:
+        return rows_of_ones(uses[0], layer)
+    inputs = [inputs_at(each.use, each.a).to(dtype) for each in uses]
+    a = torch.stack([each.sum(2) for each in inputs]).sum(0) / sum(each.shape[2] for each in inputs)
+    return a if layer.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], -1)
 
 
 def rows_of_ones(each: UseRows, layer: Layer) -> Tensor:

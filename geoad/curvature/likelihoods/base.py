@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, wide
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed_root, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.params import is_wrapped
 
-__all__ = ["Likelihood", "RealTargets", "described", "readable"]
+__all__ = ["Likelihood", "RealTargets", "described", "readable", "seeds_of"]
 
 
 class Likelihood(ABC):
@@ -76,13 +76,20 @@ class Likelihood(ABC):
         Raises:
             GeometryError: the matrix is not positive semidefinite.
         """
-        of = "the Fisher matrix" if targets is None else "the Hessian"
-        local, _ = signed_root(wide(self.matrix(outputs, targets)), f"{of} of {type(self).__name__} in the outputs")
-        return spread(local.to(outputs.dtype))
+        return self.seeds(outputs, targets).all()[0]
 
     def signs(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
         """±1 of every seed, (K, n), where A = Σ_k ±s_k s_kᵀ is indefinite; None: all are +1."""
-        return None
+        return self.seeds(outputs, targets).all()[1]
+
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
+        """The seeds of `root` with their `signs`, made a portion at a time: with P positions all are P² times as many numbers.
+
+        A likelihood of your own with a root in closed form defines this (``Seeds.at_positions``), or `root` itself.
+        """
+        of = "the Fisher matrix" if targets is None else "the Hessian"
+        local, _ = signed_root(wide(self.matrix(outputs, targets)), f"{of} of {type(self).__name__} in the outputs")
+        return Seeds.at_positions(local.to(outputs.dtype))
 
     def columns(self, outputs_shape: Sequence[int]) -> int:
         """K, the number of seeds that `root` gives for outputs of this shape."""
@@ -152,6 +159,14 @@ class RealTargets(Likelihood):
                 f"{int((~y.isfinite()).sum())} of {y.numel()} targets are not finite. The curvature would be nan throughout; "
                 "drop these samples."
             )
+
+
+def seeds_of(likelihood: Likelihood, outputs: Tensor, targets: Any = None) -> Seeds:
+    """The seeds of a likelihood in portions, or all at once where it has a `root` (or `signs`) of its own."""
+    kind = type(likelihood)
+    if kind.root is Likelihood.root and kind.signs is Likelihood.signs:
+        return likelihood.seeds(outputs, targets)
+    return Seeds.given(likelihood.root(outputs, targets), likelihood.signs(outputs, targets))
 
 
 def described(targets: Any) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geoad.curvature.likelihoods.base import Likelihood, described, readable
-from geoad.curvature.likelihoods.roots import positions, spread, wide
+from geoad.curvature.likelihoods.roots import Seeds, positions, wide
 from geoad.errors import GeometryError
 
 __all__ = ["Categorical"]
@@ -86,12 +86,11 @@ class Categorical(Likelihood):
             return blocks
         return self._mass(outputs, targets).movedim(self.axis, -1).unsqueeze(-1) * blocks
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         local = _softmax_root(wide(outputs).movedim(self.axis, -1)).to(outputs.dtype)
         if targets is not None:
             local = self._mass(outputs, targets).movedim(self.axis, -1).sqrt() * local
-        # the axis counts from the front of the outputs or from their end; the seeds have one axis more in front
-        return spread(local).movedim(-1, self.axis + 1 if self.axis >= 0 else self.axis)
+        return Seeds.at_positions(local, axis=self.axis)
 
     def columns(self, outputs_shape: Sequence[int]) -> int:
         return positions(outputs_shape, self.axis) * max(outputs_shape[self.axis] - 1, 0)

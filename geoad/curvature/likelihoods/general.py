@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geoad.curvature.likelihoods.base import Likelihood, readable
-from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, spread_signs, wide
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed_root, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.params import flatten
@@ -47,13 +47,7 @@ class OutputMatrix(Likelihood):
         a = self._value(outputs, targets)
         return torch.diag_embed(a) if a.ndim == outputs.ndim else a
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
-        return spread(self._root(outputs, targets)[0].to(outputs.dtype))
-
-    def signs(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
-        return None if self.positive else spread_signs(self._root(outputs, targets)[1].to(outputs.dtype))
-
-    def _root(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         a = wide(self.matrix(outputs, targets))
         if readable(a) and a.numel():
             off, size = float((a - a.mT).abs().max()), float(a.abs().max())
@@ -62,7 +56,8 @@ class OutputMatrix(Likelihood):
                     f"the matrix of OutputMatrix must be symmetric and finite: its entries reach {size:.3g} and differ from "
                     f"the transposed ones by up to {off:.3g}. Only the symmetric part is a curvature: return (A + A.mT) / 2."
                 )
-        return signed_root(a, "the matrix of OutputMatrix", indefinite=not self.positive)
+        local, signs = signed_root(a, "the matrix of OutputMatrix", indefinite=not self.positive)
+        return Seeds.at_positions(local.to(outputs.dtype), None if self.positive else signs.to(outputs.dtype))
 
     def _value(self, outputs: Tensor, targets: Any) -> Tensor:
         a: Any = self.fn(outputs, targets)
@@ -140,9 +135,9 @@ class Loss(Likelihood):
         units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
         return products.mapped(column, units).movedim(0, -1)
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         local, _ = signed_root(wide(self.matrix(outputs, targets)), "the Hessian of the loss in the outputs")
-        return local.reshape(len(local), *outputs.shape).to(outputs.dtype)
+        return Seeds.given(local.reshape(len(local), *outputs.shape).to(outputs.dtype))
 
     def mean_factor(self, outputs_shape: Any) -> float:
         """1: `nll` is the loss itself."""
