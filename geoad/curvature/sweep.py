@@ -138,7 +138,8 @@ def _portions(seeds: Portion | Seeds, numbers: Callable[[int], int], room: int) 
         yield seeds.all()
         return
     one = numbers(1)
-    width = max(1, -(-(numbers(count) - one) // (count - 1))) + seeds.columns[0, 0].numel()
+    # the seed itself, and as much again as its rows for what the backward pass works with
+    width = 2 * max(1, -(-(numbers(count) - one) // (count - 1))) + seeds.columns[0, 0].numel()
     step = _even(count, min(count, max(1, (room - one) // width)))
     for start in range(0, count, step):
         yield seeds.part(slice(start, start + step))

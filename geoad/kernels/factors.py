@@ -136,12 +136,21 @@ def _expand(total: _Running, rows: Rows, weights: Tensor | None) -> None:
         if not rows.further:
             total.positions += signals_at(each.use, each.back[0][:1]).shape[2] * rows.samples
             total.right = _plus(total.right, _right_expanded(layer, each))
-        for k, back in enumerate(each.back):
-            total.left = _plus(total.left, _left_expanded(each, _kept(each, back), None if weights is None else weights[k]))
+        step = max(1, _TOGETHER // max(1, each.back[0].nbytes))  # short ones side by side, as if of more samples
+        for k in range(0, rows.seeds, step):
+            backs = [_kept(each, back) for back in each.back[k : k + step]]
+            back = backs[0] if len(backs) == 1 else torch.cat(backs)
+            total.left = _plus(
+                total.left, _left_expanded(each, back, None if weights is None else weights[k : k + step].reshape(-1))
+            )
+
+
+_TOGETHER = 1 << 18
+"""Bytes of backward signals below which one product of matrices takes several seeds."""
 
 
 def _left_expanded(each: UseRows, back: Tensor, weights: Tensor | None) -> Tensor:
-    """Σ_nt w g gᵀ for one seed, (groups, out, out)."""
+    """Σ_nt w g gᵀ for some seeds (n, *shape), one after another, with weights (n,): (groups, out, out)."""
     g = signals_at(each.use, back)
     if g.shape[3] <= 2 * g.shape[2]:  # sample by sample, without another copy
         bent = g if weights is None else g * weights[:, None, None, None]
