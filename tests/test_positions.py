@@ -15,8 +15,8 @@ import geoad
 from geoad.curvature import (
     GGN,
     KFAC,
-    BlockDiagonal,
     Bernoulli,
+    BlockDiagonal,
     Categorical,
     Family,
     Fisher,

@@ -22,6 +22,7 @@ from geoad.curvature.selection import selecting
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.params import Blocks, axpy, is_wrapped, scale
+from geoad.tensors import Form, Metric
 
 if TYPE_CHECKING:
     from geoad.module import GeoModule
@@ -100,6 +101,12 @@ class Fisher(NetworkCurvature):
                 f"kind={kind!r} is not offered for the Fisher matrix. Available: {list(_KINDS)}. Choose one of these; nothing "
                 "is replaced by an approximation in silence."
             )
+        if not isinstance(samples, int) or isinstance(samples, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(f"samples={samples!r} is no number of labels. Pass an integer, 1 or more.")
+        if generator is not None and not isinstance(generator, torch.Generator):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(
+                f"generator= takes a torch.Generator, found {type(generator).__name__}. Pass torch.Generator().manual_seed(0)."
+            )
         if samples < 1:
             raise GeometryError(f"samples={samples}: a mean over no labels is undefined. Draw at least one for each sample.")
         super().__init__(
@@ -115,15 +122,21 @@ class Fisher(NetworkCurvature):
         )
         self.kind, self.samples, self.generator = kind, samples, generator
         self.hessian_type = kind == "exact" and self.likelihood.hessian_type and not self.structure.imposed
+        self.signed = kind == "exact" and not getattr(self.likelihood, "positive", True)
+        self.value_class = Form if self.signed else Metric
         self.needs_outputs = kind == "mc"
         self.drawn: list[Tensor] | None = None
         self.resample()
 
     def resample(self) -> None:
         """Draw other labels from now on ("mc")."""
-        self.seed = int(torch.randint(1 << 62, (), generator=self.generator)) if self.kind == "mc" else 0
+        self.seed = self._drawn_seed() if self.kind == "mc" else 0
         if self.exchange is not None:  # the seed of the first process
             self.seed = self.exchange.gathered(self.seed)[0]
+
+    def _drawn_seed(self) -> int:
+        device = None if self.generator is None else self.generator.device
+        return int(torch.randint(1 << 62, (), generator=self.generator, device=device))
 
     # -- A -------------------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.params import is_wrapped
 
-__all__ = ["Likelihood", "RealTargets", "described", "readable", "seeds_of"]
+__all__ = ["Likelihood", "RealTargets", "described", "readable", "require_same_device", "seeds_of"]
 
 
 class Likelihood(ABC):
@@ -127,6 +127,7 @@ class Likelihood(ABC):
                 f"{type(self).__name__} was asked for a quantity that depends on the labels, and the data have none. Pass the "
                 "data as (x, y), or use kind='exact', which needs no labels."
             )
+        require_same_device(outputs, targets)
 
 
 class RealTargets(Likelihood):
@@ -167,6 +168,15 @@ def seeds_of(likelihood: Likelihood, outputs: Tensor, targets: Any = None) -> Se
     if kind.root is Likelihood.root and kind.signs is Likelihood.signs:
         return likelihood.seeds(outputs, targets)
     return Seeds.given(likelihood.root(outputs, targets), likelihood.signs(outputs, targets))
+
+
+def require_same_device(outputs: Tensor, targets: Any) -> None:
+    """Refuse targets that are on another device."""
+    if isinstance(targets, Tensor) and targets.device != outputs.device:
+        raise GeometryError(
+            f"the outputs are on {outputs.device}, the targets on {targets.device}. Move the data to the network, "
+            f"y.to('{outputs.device}')."
+        )
 
 
 def described(targets: Any) -> str:

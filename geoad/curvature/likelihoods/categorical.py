@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Categorical(Likelihood):
     hessian_type = True
 
     def __init__(self, axis: int = -1, ignore_index: int | None = None) -> None:
+        for name, value in (("axis", axis), ("ignore_index", ignore_index)):
+            wanted: Any = int if name == "axis" else (int, NoneType)
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise GeometryError(f"{name}={value!r} is no integer. Pass e.g. Categorical(axis=1, ignore_index=-100).")
         if axis == 0:
             raise GeometryError("axis=0 holds the samples and cannot hold the classes. Use axis=-1, or axis=1 for (n, c, ...).")
         self.axis = axis

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoad.curvature.likelihoods.base import Likelihood, readable
+from geoad.curvature.likelihoods.base import Likelihood, readable, require_same_device
 from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed_root, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
@@ -46,6 +46,11 @@ class OutputMatrix(Likelihood):
     def matrix(self, outputs: Tensor, targets: Any = None) -> Tensor:
         a = self._value(outputs, targets)
         return torch.diag_embed(a) if a.ndim == outputs.ndim else a
+
+    def check_targets(self, outputs: Tensor, targets: Any) -> None:
+        """A need not depend on targets: without any, `fn` is given None."""
+        self.check(outputs)
+        require_same_device(outputs, targets)
 
     def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         a = wide(self.matrix(outputs, targets))
@@ -153,6 +158,7 @@ class Loss(Likelihood):
                     f"the loss is taken sample by sample: outputs have shape {tuple(outputs.shape)}, but a target has shape "
                     f"{tuple(leaf.shape)}. Give every target a sample axis of length {len(outputs)} in front."
                 )
+            require_same_device(outputs, leaf)
             if leaf.is_floating_point() and readable(leaf) and bool(leaf.isnan().any()):
                 raise GeometryError(
                     f"{int(leaf.isnan().sum())} of {leaf.numel()} targets are nan. The curvature would be nan throughout; drop "
