@@ -15,7 +15,7 @@ from geoad.curvature.build import build, less_mean
 from geoad.curvature.likelihoods import Likelihood, likelihood_of
 from geoad.curvature.likelihoods.base import seeds_of
 from geoad.curvature.likelihoods.roots import Seeds
-from geoad.curvature.network import NetworkCurvature
+from geoad.curvature.network import NetworkCurvature, require_as_many
 from geoad.curvature.pullback import CurvatureOperator, Part
 from geoad.curvature.representations import Implicit
 from geoad.curvature.selection import selecting
@@ -222,7 +222,8 @@ class Fisher(NetworkCurvature):
         return total
 
     def _score_parts(self) -> Iterable[tuple[Callable[[Blocks], Tensor], Callable[[Tensor], Tensor]]]:
-        for i, (_, inputs, targets) in enumerate(self.batches.sized()):
+        for i, (size, inputs, targets) in enumerate(self.batches.sized()):
+            require_as_many(targets, size)
             labels = self.labels(torch.empty(0), targets, i)
             yield (
                 lambda x, inputs=inputs: self.outputs(x, inputs),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from geoad.curvature.likelihoods import Likelihood
     from geoad.module import GeoModule
 
-__all__ = ["NetworkCurvature"]
+__all__ = ["NetworkCurvature", "require_as_many"]
 
 
 class NetworkCurvature(OutputCurvature):
@@ -135,7 +135,7 @@ class NetworkCurvature(OutputCurvature):
         for i, (size, inputs, targets) in enumerate(self.batches.sized()):
             if page is not None and not page.saw(inputs, targets):
                 continue
-            _require_as_many(targets, size)
+            require_as_many(targets, size)
             yield Batch(size, inputs, self._fixed(x, inputs, targets, i))
 
     def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
@@ -159,7 +159,7 @@ class NetworkCurvature(OutputCurvature):
     def reference_parts(self) -> Iterable[Part]:
         weight = self.weight
         for i, (size, inputs, targets) in enumerate(self.batches.sized()):
-            _require_as_many(targets, size)
+            require_as_many(targets, size)
             labels = self.labels(torch.empty(0), targets, i)
             yield Part(
                 weight,
@@ -219,7 +219,7 @@ def _selected(select: Callable[[Tensor], Any], outputs: Tensor) -> Tensor:
     )
 
 
-def _require_as_many(targets: Any, size: int) -> None:
+def require_as_many(targets: Any, size: int) -> None:
     """Refuse targets of another number of samples: some of them would be paired with the inputs of others."""
     if isinstance(targets, Tensor) and (targets.ndim == 0 or targets.shape[0] != size):
         raise GeometryError(

@@ -165,9 +165,23 @@ class RealTargets(Likelihood):
 def seeds_of(likelihood: Likelihood, outputs: Tensor, targets: Any = None) -> Seeds:
     """The seeds of a likelihood in portions, or all at once where it has a `root` (or `signs`) of its own."""
     kind = type(likelihood)
-    if kind.root is Likelihood.root and kind.signs is Likelihood.signs:
-        return likelihood.seeds(outputs, targets)
-    return Seeds.given(likelihood.root(outputs, targets), likelihood.signs(outputs, targets))
+    if kind.root is not Likelihood.root or kind.signs is not Likelihood.signs:
+        return Seeds.given(likelihood.root(outputs, targets), likelihood.signs(outputs, targets))
+    _require_one_matrix(kind)
+    return likelihood.seeds(outputs, targets)
+
+
+def _require_one_matrix(kind: type[Likelihood]) -> None:
+    """Refuse a family that changes A but inherits the root of another one: matrix-free and stored values would differ."""
+    first = {name: next(c for c in kind.__mro__ if name in vars(c)) for name in ("seeds", "fisher", "hessian", "matrix")}
+    source = first.pop("seeds")
+    changed = [name for name, owner in first.items() if owner is not source and issubclass(owner, source)]
+    if changed and source is not Likelihood:
+        raise GeometryError(
+            f"{kind.__name__} has a {changed[0]} of its own and inherits the root of {source.__name__}, which belongs to the "
+            f"matrix there: stored matrices would be those of {source.__name__}, matrix-free ones those of {kind.__name__}. "
+            "Define root(outputs, targets) too, or derive from Likelihood, whose root follows from fisher and hessian."
+        )
 
 
 def require_same_device(outputs: Tensor, targets: Any) -> None:
