@@ -79,6 +79,7 @@ def test_targets_on_another_device(likelihood: Any, targets: Tensor) -> None:
         GGN(geo, (x, targets), likelihood, representation="kfac")(geo.point())
 
 
+CLASS = torch.tensor([False, True, False])
 WRONG: dict[str, tuple[Callable[[geoad.GeoModule, Tensor], Any], str]] = {
     "axis": (lambda geo, x: Categorical(axis=1.0), "axis=1.0 is no integer"),  # type: ignore[arg-type]
     "axis bool": (lambda geo, x: Categorical(axis=True), "axis=True is no integer"),
@@ -91,9 +92,7 @@ WRONG: dict[str, tuple[Callable[[geoad.GeoModule, Tensor], Any], str]] = {
     "no samples": (lambda geo, x: Fisher(geo, x, outputs=lambda f: f.sum(0))(geo.point()).to_dense(), "every sample by itself"),
     "a mask": (lambda geo, x: Fisher(geo, x, outputs=np.array([True, False, True])), "selects no outputs"),
     "masked by -inf": (
-        lambda geo, x: Fisher(geo, x, outputs=lambda f: f.masked_fill(torch.arange(3) == 1, -torch.inf))(
-            geo.point()
-        ).to_dense(),
+        lambda geo, x: Fisher(geo, x, outputs=lambda f: f.masked_fill(CLASS, -torch.inf))(geo.point()).to_dense(),
         "large negative number",
     ),
 }
@@ -121,10 +120,10 @@ def test_indices_of_numpy_and_torch(outputs: Any) -> None:
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
 @pytest.mark.parametrize("floor", [-1e30, -1e300])
 def test_a_class_of_probability_zero_counts_for_nothing(representation: str, floor: float) -> None:
-    geo, x, y = network()
+    geo, x, _ = network()
 
     def masked(f: Tensor) -> Tensor:
-        return f.masked_fill(torch.arange(3) == 1, floor)
+        return f.masked_fill(CLASS, floor)
 
     fields = [Fisher(geo, x, outputs=each, representation=representation) for each in (masked, [0, 2])]
     a, b = (field(geo.point()).to_dense() for field in fields)
