@@ -95,28 +95,27 @@ def sweep(
 
     room = max_memory // max(4, first(x).element_size())
 
-    def most(sample: Linearized, count: int) -> int:
-        return max(1, min(_MOST, room // max(1, numbers(sample, count))))
+    def most(each: int) -> int:
+        return max(1, min(_MOST, room // max(1, each)))
 
     with progress_bar(progress, total) as bar:
         for batch in batches:
             plan, start = plans.of(batch.inputs), 0
             if not step:
                 sample = plans.trial(batch.inputs)
-                step = most(sample, _count(seeds(sample.outputs, take(batch.labels, slice(0, 1)))))
+                step = most(numbers(sample, _count(seeds(sample.outputs, take(batch.labels, slice(0, 1))))))
             while start < batch.size:
                 part = slice(start, start + _even(batch.size - start, step))
-                linearized = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
-                found = seeds(linearized.outputs, take(batch.labels, part))
-                count, samples = _count(found), linearized.outputs.shape[0]
-                for i, (s, signs) in enumerate(_portions(found, lambda k, at=linearized: numbers(at, k), room // samples)):
-                    rows = linearized.pull(s)
+                chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
+                found = seeds(chunk.outputs, take(batch.labels, part))
+                each = numbers(chunk, _count(found))
+                for rows, signs in _pulled(chunk, found, each, numbers(chunk, 1), room):
                     for consumer in consumers:
-                        consumer.add(rows if i == 0 else replace(rows, further=True), signs)
-                start += samples
+                        consumer.add(rows, signs)
+                start += chunk.outputs.shape[0]
                 if bar is not None:
-                    bar.update(samples)
-                step = most(linearized, count)
+                    bar.update(chunk.outputs.shape[0])
+                step = most(each)
             if page is not None:
                 page.done(step)
 
@@ -128,21 +127,21 @@ def _count(seeds: Portion | Seeds) -> int:
     return len(seeds) if isinstance(seeds, Seeds) else len(seeds[0])
 
 
-def _portions(seeds: Portion | Seeds, numbers: Callable[[int], int], room: int) -> Iterator[Portion]:
-    """The seeds, as many at a time as have `room`, where `numbers` says what some number of them takes for each sample."""
+def _pulled(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int) -> Iterator[tuple[Rows, Tensor | None]]:
+    """The rows of a chunk, as many seeds at a time as have `room`; all take `each` numbers a sample, a single one `one`."""
     if not isinstance(seeds, Seeds):
-        yield seeds
+        yield chunk.pull(seeds[0]), seeds[1]
         return
-    count = len(seeds)
-    if numbers(count) <= room or count < 2:
-        yield seeds.all()
-        return
-    one = numbers(1)
-    # the seed itself, and as much again as its rows for what the backward pass works with
-    width = 2 * max(1, -(-(numbers(count) - one) // (count - 1))) + seeds.columns[0, 0].numel()
-    step = _even(count, min(count, max(1, (room - one) // width)))
-    for start in range(0, count, step):
-        yield seeds.part(slice(start, start + step))
+    count, step = len(seeds), len(seeds)
+    room = room // chunk.outputs.shape[0]
+    if each > room and count > 1:
+        # the seed itself, and as much again as its rows for what the backward pass works with
+        width = 2 * max(1, -(-(each - one) // (count - 1))) + seeds.columns[0, 0].numel()
+        step = _even(count, min(count, max(1, (room - one) // width)))
+    for start in range(0, max(1, count), max(1, step)):
+        s, signs = seeds.part(slice(start, start + step))
+        rows = chunk.pull(s)
+        yield rows if start == 0 else replace(rows, further=True), signs
 
 
 def _even(left: int, step: int) -> int:
