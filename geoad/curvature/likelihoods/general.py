@@ -85,7 +85,8 @@ class Loss(Likelihood):
             over its outputs, with reduction="none" or "sum" their sum. Samples cannot mix; so losses with class weights need
             reduction="none", for their mean is divided by the weights of the whole batch.
 
-    A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions.
+    A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions. Its
+    root is made of all C² numbers, with C outputs; where there are many positions, a `Likelihood` takes far less.
     A loss has no distribution over labels, so it has no exact and no Monte-Carlo Fisher.
 
     >>> import torch
