@@ -12,6 +12,7 @@ from geoad.charts import Chart
 from geoad.curvature.collect import Collector, Task
 from geoad.curvature.collect_kron import collectors
 from geoad.curvature.combine import combine, described
+from geoad.curvature.likelihoods.roots import Seeds
 from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDiagonal, Representation
 from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
@@ -85,7 +86,7 @@ def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: 
     together(lambda: go(waiting, log, field.progress), again=lambda: go([], None, False))
 
 
-def _inspected(field: NetworkCurvature, x: Blocks, outputs: Tensor, labels: object) -> tuple[Tensor, Tensor | None]:
+def _inspected(field: NetworkCurvature, x: Blocks, outputs: Tensor, labels: object) -> Seeds:
     field.inspect(outputs, x)
     return field.weighted_seeds(outputs, labels)
 

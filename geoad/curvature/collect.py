@@ -126,6 +126,9 @@ class _Grams(Collector):
     def add(self, rows: Rows, signs: Tensor | None) -> None:
         self.sums.add(rows, signs)
 
+    def numbers_of_a_sample(self, rows: Rows) -> int:
+        return self.sums.numbers_of_a_sample(rows)
+
     def state(self) -> dict[str, Tensor]:
         return self.sums.state()
 
@@ -184,6 +187,9 @@ class _Columns(Collector):
         require_memory(self.taken, f"{sum(map(len, self.signs)) + count} columns of {self.layout.dim} numbers", self.task.like)
         self.rows.append({name: rows.explicit(name).reshape(count, *shape) for name, shape in self.layout.items()})
         self.signs.append(self.task.like.new_ones(count) if signs is None else signs.mT.reshape(-1).to(self.task.like))
+
+    def numbers_of_a_sample(self, rows: Rows) -> int:
+        return rows.seeds * self.layout.dim
 
     def state(self) -> dict[str, Tensor]:
         if len(self.rows) != 1:

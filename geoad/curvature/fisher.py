@@ -13,16 +13,18 @@ from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.curvature.build import build, less_mean
 from geoad.curvature.likelihoods import Likelihood, likelihood_of
-from geoad.curvature.network import NetworkCurvature
+from geoad.curvature.likelihoods.base import seeds_of
+from geoad.curvature.likelihoods.roots import Seeds
+from geoad.curvature.network import NetworkCurvature, require_as_many
 from geoad.curvature.pullback import CurvatureOperator, Part
 from geoad.curvature.representations import Implicit
 from geoad.curvature.selection import selecting
-from geoad.curvature.sweep import Seeds
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.conditions import together
 from geoad.kernels.spread import fingerprint
 from geoad.params import Blocks, axpy, is_wrapped, scale
+from geoad.tensors import Form, Metric
 
 if TYPE_CHECKING:
     from geoad.module import GeoModule
@@ -101,10 +103,14 @@ class Fisher(NetworkCurvature):
                 f"kind={kind!r} is not offered for the Fisher matrix. Available: {list(_KINDS)}. Choose one of these; nothing "
                 "is replaced by an approximation in silence."
             )
-        if not isinstance(samples, int) or samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(samples, int) or isinstance(samples, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(f"samples={samples!r} is no number of labels. Pass an integer, 1 or more.")
+        if generator is not None and not isinstance(generator, torch.Generator):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise GeometryError(
-                f"samples={samples!r}: the mean runs over a whole number of labels. Draw at least one for each sample."
+                f"generator= takes a torch.Generator, found {type(generator).__name__}. Pass torch.Generator().manual_seed(0)."
             )
+        if samples < 1:
+            raise GeometryError(f"samples={samples}: a mean over no labels is undefined. Draw at least one for each sample.")
         super().__init__(
             geo,
             data,
@@ -118,6 +124,8 @@ class Fisher(NetworkCurvature):
         )
         self.kind, self.samples, self.generator = kind, samples, generator
         self.hessian_type = kind == "exact" and self.likelihood.hessian_type and not self.structure.imposed
+        self.signed = kind == "exact" and not getattr(self.likelihood, "positive", True)
+        self.value_class = Form if self.signed else Metric
         self.needs_outputs = kind == "mc"
         self.drawn: list[Tensor] | None = None
         self.resample()
@@ -169,9 +177,9 @@ class Fisher(NetworkCurvature):
 
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
         if self.kind == "exact":
-            return self.likelihood.root(outputs), None
+            return seeds_of(self.likelihood, outputs)
         scores = self._scores(outputs, labels)
-        return scores / len(scores) ** 0.5, None
+        return Seeds.given(scores / len(scores) ** 0.5)
 
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
         if self.kind == "exact":
@@ -226,7 +234,8 @@ class Fisher(NetworkCurvature):
         return total
 
     def _score_parts(self) -> Iterable[tuple[Callable[[Blocks], Tensor], Callable[[Tensor], Tensor]]]:
-        for i, (_, inputs, targets) in enumerate(self.batches.sized()):
+        for i, (size, inputs, targets) in enumerate(self.batches.sized()):
+            require_as_many(targets, size)
             labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield (
                 lambda x, inputs=inputs: self.outputs(x, inputs),

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from geoad.charts import Chart
 from geoad.curvature.likelihoods import Likelihood, likelihood_of
+from geoad.curvature.likelihoods.base import seeds_of
+from geoad.curvature.likelihoods.roots import Seeds
 from geoad.curvature.network import NetworkCurvature
 from geoad.curvature.selection import selecting
-from geoad.curvature.sweep import Seeds
 from geoad.tensors import Form, Metric
 
 if TYPE_CHECKING:
@@ -91,10 +92,8 @@ class GGN(NetworkCurvature):
         return True
 
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
-        likelihood, scale = self.likelihood, self._factor(outputs) ** 0.5
-        if not self._needs_labels(outputs, labels):
-            return scale * likelihood.root(outputs), None
-        return scale * likelihood.root(outputs, labels), likelihood.signs(outputs, labels)
+        targets = labels if self._needs_labels(outputs, labels) else None
+        return seeds_of(self.likelihood, outputs, targets).scaled(self._factor(outputs) ** 0.5)
 
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
         likelihood, factor = self.likelihood, self._factor(outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +13,11 @@ from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.curvature.build import build, require_chart
 from geoad.curvature.combine import described
+from geoad.curvature.likelihoods.roots import Seeds
 from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
 from geoad.curvature.resume import Page
-from geoad.curvature.sweep import Batch, Plans, Seeds
+from geoad.curvature.sweep import Batch, Plans
 from geoad.data import Batches
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
@@ -25,12 +26,10 @@ from geoad.kernels.spread import Exchange
 from geoad.params import Blocks, is_wrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from geoad.curvature.likelihoods import Likelihood
     from geoad.module import GeoModule
 
-__all__ = ["NetworkCurvature"]
+__all__ = ["NetworkCurvature", "require_as_many"]
 
 
 class NetworkCurvature(OutputCurvature):
@@ -73,6 +72,8 @@ class NetworkCurvature(OutputCurvature):
                 f"a {name} matrix belongs to a network, found {type(geo).__name__}. Pass the geoad.GeoModule; bare networks "
                 "have no chart."
             )
+        if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(f"max_memory={max_memory!r} is no number of bytes. Pass e.g. 1 << 28.")
         self.structure = representation_of(representation)
         super().__init__(chart or geo.reference, "implicit" if isinstance(self.structure, Implicit) else "stored")
         if self.home.reference != geo.reference:
@@ -92,7 +93,7 @@ class NetworkCurvature(OutputCurvature):
 
     @abstractmethod
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
-        """(s, signs) with A = Σ_k signs_k s_k s_kᵀ: shape (K, *outputs.shape); signs is None where all are +1."""
+        """The seeds of A = Σ_k σ_k s_k s_kᵀ."""
 
     @abstractmethod
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
@@ -116,7 +117,7 @@ class NetworkCurvature(OutputCurvature):
                 "Say which part parametrises the likelihood: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
             )
         if self.select is not None:
-            outputs = self.select(outputs)
+            outputs = _selected(self.select, outputs)
         self.likelihood.check(outputs)
         return outputs
 
@@ -140,6 +141,7 @@ class NetworkCurvature(OutputCurvature):
             if page is not None and not page.saw(inputs, targets):
                 continue
             self.note(i, inputs)
+            require_as_many(targets, size)
             yield Batch(size, inputs, self._fixed(x, inputs, targets, i))
 
     def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
@@ -159,12 +161,12 @@ class NetworkCurvature(OutputCurvature):
 
     def weighted_seeds(self, outputs: Tensor, labels: Any) -> Seeds:
         """The seeds of w A."""
-        s, signs = self.seeds(outputs, labels)
-        return self.weight**0.5 * s, signs
+        return self.seeds(outputs, labels).scaled(self.weight**0.5)
 
     def reference_parts(self) -> Iterable[Part]:
         weight = self.weight
-        for i, (_, inputs, targets) in enumerate(self.batches.sized()):
+        for i, (size, inputs, targets) in enumerate(self.batches.sized()):
+            require_as_many(targets, size)
             self.note(i, inputs)
             labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield Part(
@@ -212,10 +214,33 @@ class NetworkCurvature(OutputCurvature):
         return next(inputs for _, inputs, _ in self.batches.sized())
 
 
+def _selected(select: Callable[[Tensor], Any], outputs: Tensor) -> Tensor:
+    """What `outputs=` makes of the outputs."""
+    found = select(outputs)
+    n = outputs.shape[0] if outputs.ndim else 0
+    if isinstance(found, Tensor) and (found.ndim == 0 or found.shape[0] == n):
+        return found
+    what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    raise GeometryError(
+        f"outputs= is a function that returned {what} for outputs of shape {tuple(outputs.shape)}. It selects or "
+        f"transforms the outputs of every sample by itself: return one tensor ({n}, ..., c)."
+    )
+
+
+def require_as_many(targets: Any, size: int) -> None:
+    """Refuse targets of another number of samples: some of them would be paired with the inputs of others."""
+    if isinstance(targets, Tensor) and (targets.ndim == 0 or targets.shape[0] != size):
+        raise GeometryError(
+            f"a batch has {size} samples and targets of shape {tuple(targets.shape)}: each sample needs its own, along the "
+            "first axis. Pass inputs and targets of the same length."
+        )
+
+
 def _not_finite(what: str, outputs: Tensor, x: Blocks) -> str:
     bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
     cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
     return (
         f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not finite "
-        f"({cause}). A {what} matrix there would be nan throughout; mend the data or go back to a finite point."
+        f"({cause}). A {what} matrix there would be nan throughout; mend the data or go back to a finite point. Classes "
+        "that are masked by -inf have probability 0 just as well with a large negative number, masked_fill(mask, -1e30)."
     )

@@ -80,8 +80,9 @@ def selecting(outputs: Any, axis: int = -1) -> Callable[[Tensor], Tensor]:
         return _all
     if callable(outputs):
         return cast("Callable[[Tensor], Tensor]", outputs)
-    indices: Any = outputs.tolist() if isinstance(outputs, Tensor) else outputs
+    indices: Any = outputs.tolist() if hasattr(outputs, "tolist") else outputs  # tensors, and the arrays and numbers of numpy
     listed: list[Any] = [indices] if isinstance(indices, int) else list(indices) if isinstance(indices, Iterable) else [None]
+    listed = [each.__index__() if not isinstance(each, bool) and hasattr(each, "__index__") else each for each in listed]
     if all(isinstance(each, int) and not isinstance(each, bool) for each in listed):
         return Subset(tuple(listed), axis)
     raise GeometryError(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from geoad.curvature.likelihoods.roots import Portion, Seeds
 from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.layered import Linearized, Outputs, Plan, Rows, glance, linearize, trial
 from geoad.params import Blocks, Layout, first
 
-__all__ = ["Batch", "Consumer", "Plans", "Seeds", "sweep"]
+__all__ = ["Batch", "Consumer", "Plans", "Portion", "Seeds", "sweep"]
 
 
 class Batch(NamedTuple):
@@ -25,15 +27,11 @@ class Batch(NamedTuple):
     labels: Any
 
 
-Seeds = tuple[Tensor, Tensor | None]
-"""(s, signs): s of shape (K, n, ..., c), with A = Σ_k signs_k s_k s_kᵀ for each sample."""
-
-
 class Consumer(Protocol):
     """Collects rows."""
 
     def add(self, rows: Rows, signs: Tensor | None) -> None:
-        """Take the rows (n, K) of a chunk, and their signs (K, n) where not all are +1."""
+        """Take the rows (n, K) of a chunk, or of a portion of its seeds, and their signs (K, n) where not all are +1."""
         ...
 
     def numbers_of_a_sample(self, rows: Rows) -> int:
@@ -84,7 +82,7 @@ class Plans:
 def sweep(
     plans: Plans,
     batches: Iterable[Batch],
-    seeds: Callable[[Tensor, Any], Seeds],
+    seeds: Callable[[Tensor, Any], Portion | Seeds],
     consumers: Sequence[Consumer],
     *,
     max_memory: int,
@@ -96,41 +94,67 @@ def sweep(
     """Go through the data once; `page` is told of each batch that is done, and says where to go on.
 
     The number of samples that are taken together follows from what the first one needs, so that the rows and what the
-    consumers make of them stay within `max_memory` bytes; a single sample is always taken, and not more than `most`.
+    consumers make of them stay within `max_memory` bytes; it is at least one and not more than `most`. Where one sample is too
+    much, its seeds are made and pulled in portions; a single one is always taken, and so is a tuple of seeds as a whole.
     """
     x = plans.x
     layout = Layout({name: block.shape for name, block in x.items()})
     step = 0 if page is None else page.step
+    room = max_memory // max(4, first(x).element_size())
 
-    def room(rows: Rows) -> int:
-        each = rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
-        return max(1, min(most, max_memory // (max(1, each) * max(4, first(x).element_size()))))
+    def numbers(sample: Linearized, count: int) -> int:
+        rows = sample.outline(count)
+        return rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
+
+    def fitting(each: int) -> int:
+        return max(1, min(most, room // max(1, each)))
 
     known: Linearized | None = None
     with progress_bar(progress, total) as bar:
         for batch in batches:
             sample, start = plans.trial(batch.inputs), 0
-            plan = sample.plan
             if not step or (known is not None and sample is not known):  # samples of another form need another room
-                step = room(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+                step = fitting(numbers(sample, _count(seeds(sample.outputs, take(batch.labels, slice(0, 1))))))
             known = sample
             while start < batch.size:
                 part = slice(start, start + _even(batch.size - start, step))
-                linearized = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
-                s, signs = seeds(linearized.outputs, take(batch.labels, part))
-                rows = linearized.pull(s)
-                for consumer in consumers:
-                    consumer.add(rows, signs)
-                start += rows.samples
+                chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), sample.plan)
+                found = seeds(chunk.outputs, take(batch.labels, part))
+                each = numbers(chunk, _count(found))
+                for rows, signs in _pulled(chunk, found, each, numbers(chunk, 1), room):
+                    for consumer in consumers:
+                        consumer.add(rows, signs)
+                start += chunk.outputs.shape[0]
                 if bar is not None:
-                    bar.update(rows.samples)
-                step = room(rows)
+                    bar.update(chunk.outputs.shape[0])
+                step = fitting(each)
             if page is not None:
                 page.done(step)
 
 
+def _count(seeds: Portion | Seeds) -> int:
+    return len(seeds) if isinstance(seeds, Seeds) else len(seeds[0])
+
+
+def _pulled(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int) -> Iterator[tuple[Rows, Tensor | None]]:
+    """The rows of a chunk, as many seeds at a time as have `room`; all take `each` numbers a sample, a single one `one`."""
+    if not isinstance(seeds, Seeds):
+        yield chunk.pull(seeds[0]), seeds[1]
+        return
+    count, step = len(seeds), len(seeds)
+    room = room // chunk.outputs.shape[0]
+    if each > room and count > 1:
+        # the seed itself, and as much again as its rows for what the backward pass works with
+        width = 2 * max(1, -(-(each - one) // (count - 1))) + seeds.columns[0, 0].numel()
+        step = _even(count, min(count, max(1, (room - one) // width)))
+    for start in range(0, max(1, count), max(1, step)):
+        s, signs = seeds.part(slice(start, start + step))
+        rows = chunk.pull(s)
+        yield rows if start == 0 else replace(rows, further=True), signs
+
+
 def _even(left: int, step: int) -> int:
-    """`left` samples in as few portions as `step` allows, of one size."""
+    """`left` samples or seeds in as few portions as `step` allows, of one size."""
     return -(-left // -(-left // step))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from geoad.charts import Point, same_manifold
 from geoad.curvature.network import NetworkCurvature
 from geoad.curvature.representations import LowRank
-from geoad.curvature.sweep import Plans, Seeds, sweep
+from geoad.curvature.sweep import Plans, Portion, sweep
 from geoad.errors import ChartMismatchError, GeometryError, SingularMetricError, StructureNotPreservedError, VarianceError
 from geoad.fields import FormField
 from geoad.function_space.derivative import Derivative, Kept
@@ -105,9 +105,9 @@ class DualSolver:
         """U G⁻¹ Uᵀ (N·K, N·K), K fastest."""
         field, x, kept = self.field, self.home.blocks, self._kept
 
-        def seeds(outputs: Tensor, labels: Any) -> Seeds:
+        def seeds(outputs: Tensor, labels: Any) -> Portion:
             field.inspect(outputs, x)
-            kept.now = field.weighted_seeds(outputs, labels)
+            kept.now = field.weighted_seeds(outputs, labels).all()
             return kept.now
 
         def go(consumers: list[Kept], progress: bool) -> None:
@@ -198,15 +198,15 @@ class _WithSeeds(Kept):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now: Seeds | None = None
-        self._seeds: list[Seeds] = []
+        self.now: Portion | None = None
+        self._seeds: list[Portion] = []
 
     def add(self, rows: Rows, signs: Tensor | None) -> None:
         assert self.now is not None
         super().add(rows, signs)
         self._seeds.append(self.now)
 
-    def joined(self) -> Seeds:
+    def joined(self) -> Portion:
         """S (K, N, ..., c), and the signs of the rows (N·K,) where not all are +1."""
         signs = [each.mT.flatten() for _, each in self._seeds if each is not None]
         return torch.cat([s for s, _ in self._seeds], 1), torch.cat(signs) if signs else None

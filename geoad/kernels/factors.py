@@ -89,12 +89,12 @@ class KroneckerSum:
         self._sums = [_Running(layer) for layer in self.layers]
 
     def add(self, rows: Rows, signs: Tensor | None = None) -> None:
-        """Add the rows of a chunk, with signs or weights (K, n)."""
+        """Add the rows of a chunk, with signs or weights (K, n); inputs count once, with the first seeds of their samples."""
         weights = None if signs is None else signs.to(rows.dtype)
         for each in self._sums:
             if not each.layer.uses(rows):
                 raise GeometryError(_another_path(each.layer))
-            each.samples += rows.samples
+            each.samples += 0 if rows.further else rows.samples
             if self.expand or each.layer.table:
                 _expand(each, rows, weights)
             else:
@@ -133,14 +133,24 @@ def _plus(total: Tensor | None, value: Tensor) -> Tensor:
 def _expand(total: _Running, rows: Rows, weights: Tensor | None) -> None:
     layer = total.layer
     for each in layer.uses(rows):
-        total.positions += signals_at(each.use, each.back[0][:1]).shape[2] * rows.samples
-        total.right = _plus(total.right, _right_expanded(layer, each))
-        for k, back in enumerate(each.back):
-            total.left = _plus(total.left, _left_expanded(each, _kept(each, back), None if weights is None else weights[k]))
+        if not rows.further:
+            total.positions += signals_at(each.use, each.back[0][:1]).shape[2] * rows.samples
+            total.right = _plus(total.right, _right_expanded(layer, each))
+        step = max(1, _TOGETHER // max(1, each.back[0].nbytes))  # short ones side by side, as if of more samples
+        for k in range(0, rows.seeds, step):
+            backs = [_kept(each, back) for back in each.back[k : k + step]]
+            back = backs[0] if len(backs) == 1 else torch.cat(backs)
+            total.left = _plus(
+                total.left, _left_expanded(each, back, None if weights is None else weights[k : k + step].reshape(-1))
+            )
+
+
+_TOGETHER = 1 << 18
+"""Bytes of backward signals below which one product of matrices takes several seeds."""
 
 
 def _left_expanded(each: UseRows, back: Tensor, weights: Tensor | None) -> Tensor:
-    """Σ_nt w g gᵀ for one seed, (groups, out, out)."""
+    """Σ_nt w g gᵀ for some seeds (n, *shape), one after another, with weights (n,): (groups, out, out)."""
     g = signals_at(each.use, back)
     if g.shape[3] <= 2 * g.shape[2]:  # sample by sample, without another copy
         bent = g if weights is None else g * weights[:, None, None, None]
@@ -172,22 +182,24 @@ def _right_expanded(layer: Layer, each: UseRows) -> Tensor:
 
 
 def _reduce(total: _Running, rows: Rows, weights: Tensor | None) -> None:
-    layer, uses = total.layer, total.layer.uses(rows)
-    if layer.weight is None:
-        a = rows_of_ones(uses[0], layer)
-    else:
-        sums = [inputs_at(each.use, each.a).to(rows.dtype) for each in uses]
-        a = sum(each.sum(2) for each in sums) / sum(each.shape[2] for each in sums)
-        assert isinstance(a, Tensor)
-        if layer.bias is not None:
-            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-    a = a.transpose(0, 1)
-    total.right = _plus(total.right, a.mT @ a)
+    uses = total.layer.uses(rows)
+    if not rows.further:
+        a = _mean_input(total.layer, uses, rows.dtype).transpose(0, 1)
+        total.right = _plus(total.right, a.mT @ a)
     for k in range(rows.seeds):
         parts = [signals_at(each.use, each.back[k]).sum(2) for each in uses]
         g = torch.stack(parts).sum(0).transpose(0, 1)
         bent = g if weights is None else g * weights[k, :, None]
         total.left = _plus(total.left, bent.mT @ g)
+
+
+def _mean_input(layer: Layer, uses: Sequence[UseRows], dtype: torch.dtype) -> Tensor:
+    """The mean over positions, (n, groups, in)."""
+    if layer.weight is None:
+        return rows_of_ones(uses[0], layer)
+    inputs = [inputs_at(each.use, each.a).to(dtype) for each in uses]
+    a = torch.stack([each.sum(2) for each in inputs]).sum(0) / sum(each.shape[2] for each in inputs)
+    return a if layer.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], -1)
 
 
 def rows_of_ones(each: UseRows, layer: Layer) -> Tensor:

@@ -74,6 +74,12 @@ class GramSum:
                 for b, right, y in units[i:]:
                     _accumulate(sums, (a, b), (bent, left, right), (x, y))
 
+    def numbers_of_a_sample(self, rows: Rows) -> int:
+        """How many numbers `add` makes of each sample: explicit rows, and once more side by side."""
+        plain = [name for name in self.layout if len(rows.of(name)) != 1 or not is_outer(rows.of(name)[0].use)]
+        sizes = [sum(self.layout[name].numel() for name in plain if name in group) for group in self.groups]
+        return 2 * rows.seeds * max(sizes, default=0)
+
     def state(self) -> dict[str, Tensor]:
         """The sums so far; they add up over disjoint data."""
         return {_name(i, key): value for i, sums in enumerate(self._sums) for key, value in sums.items()}

@@ -332,6 +332,7 @@ class Rows:
         uses: the rows of the covered blocks, in structure.
         others: the rows of the other blocks (n, K, size).
         samples, seeds: n and K.
+        further: these are more seeds of the samples that came last.
     """
 
     layout: Layout = field(repr=False)
@@ -340,6 +341,7 @@ class Rows:
     others: dict[str, Tensor]
     samples: int
     seeds: int
+    further: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -351,7 +353,7 @@ class Rows:
         uses = [each.part(samples) for each in self.uses]
         others = {name: each[samples] for name, each in self.others.items()}
         count = len(range(*samples.indices(self.samples)))
-        return Rows(self.layout, self.plan, uses, others, count, self.seeds)
+        return Rows(self.layout, self.plan, uses, others, count, self.seeds, self.further)
 
     def numbers_of_a_sample(self) -> int:
         """How many numbers are held for each sample: what went in, what came back, and rows that are explicit."""

@@ -20,6 +20,9 @@ Bases = tuple[Tensor | None, Tensor | None]
 _CACHE = 1 << 20
 """Bytes that a processor keeps at hand: explicit rows are made and used up in portions of this size."""
 
+_ROOM = 1 << 26
+"""Bytes of explicit rows of one sample, above which its seeds are parted too."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -128,13 +131,17 @@ def _partner(plan: Plan, layer: Layer) -> str | None:
 # -- rows in portions ----------------------------------------------------------------------------------------------------------
 
 
-def portions(uses: Sequence[UseRows], numbers: int) -> Iterator[tuple[slice, list[UseRows]]]:
-    """The uses in portions of samples for which `numbers` numbers each stay within reach of the processor."""
-    n, like = uses[0].back[0].shape[0], uses[0].back[0]
-    step = max(1, _CACHE // max(1, numbers * like.element_size()))
+def portions(uses: Sequence[UseRows], numbers: int) -> Iterator[tuple[tuple[slice, slice], list[UseRows]]]:
+    """The uses in portions of samples (and seeds), where a sample takes `numbers` numbers, within reach of the processor."""
+    n, k, like = uses[0].back[0].shape[0], len(uses[0].back), uses[0].back[0]
+    size = max(1, numbers * like.element_size())
+    step, seeds = max(1, _CACHE // size), -(-k // -(-size // _ROOM))
     for start in range(0, n, step):
         part = slice(start, start + step)
-        yield part, [each.part(part) for each in uses]
+        some = [each.part(part) for each in uses]
+        for first in range(0, k, seeds):
+            which = slice(first, first + seeds)
+            yield (part, which), some if seeds >= k else [UseRows(each.use, each.a, each.back[which]) for each in some]
 
 
 def rows_of_layer(layer: Layer, uses: Sequence[UseRows], bases: Bases = (None, None)) -> Tensor:

@@ -51,7 +51,7 @@ def _squares_of_rows(rows: Rows, name: str, weights: Tensor | None) -> Tensor:
     return _total(_summed(joined(name, each).square(), _of(weights, part)) for part, each in portion)
 
 
-def _of(weights: Tensor | None, part: slice) -> Tensor | None:
+def _of(weights: Tensor | None, part: tuple[slice, slice]) -> Tensor | None:
     return None if weights is None else weights[part]
 
 

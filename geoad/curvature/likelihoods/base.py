@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, wide
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed_root, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.conditions import holds
 from geoad.params import is_wrapped
 
-__all__ = ["Likelihood", "RealTargets", "described", "readable"]
+__all__ = ["Likelihood", "RealTargets", "described", "readable", "require_same_device", "seeds_of"]
 
 
 class Likelihood(ABC):
@@ -77,13 +77,20 @@ class Likelihood(ABC):
         Raises:
             GeometryError: the matrix is not positive semidefinite.
         """
-        of = "the Fisher matrix" if targets is None else "the Hessian"
-        local, _ = signed_root(wide(self.matrix(outputs, targets)), f"{of} of {type(self).__name__} in the outputs")
-        return spread(local.to(outputs.dtype))
+        return self.seeds(outputs, targets).all()[0]
 
     def signs(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
         """±1 of every seed, (K, n), where A = Σ_k ±s_k s_kᵀ is indefinite; None: all are +1."""
-        return None
+        return self.seeds(outputs, targets).all()[1]
+
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
+        """The seeds of `root` with their `signs`, made a portion at a time: with P positions all are P² times as many numbers.
+
+        A likelihood of your own with a root in closed form defines this (``Seeds.at_positions``), or `root` itself.
+        """
+        of = "the Fisher matrix" if targets is None else "the Hessian"
+        local, _ = signed_root(wide(self.matrix(outputs, targets)), f"{of} of {type(self).__name__} in the outputs")
+        return Seeds.at_positions(local.to(outputs.dtype))
 
     def columns(self, outputs_shape: Sequence[int]) -> int:
         """K, the number of seeds that `root` gives for outputs of this shape."""
@@ -121,11 +128,7 @@ class Likelihood(ABC):
                 f"{type(self).__name__} was asked for a quantity that depends on the labels, and the data have none. Pass the "
                 "data as (x, y), or use kind='exact', which needs no labels."
             )
-        if isinstance(targets, Tensor) and targets.device != outputs.device:
-            raise GeometryError(
-                f"the targets are on {targets.device}, the outputs of the network on {outputs.device}, and numbers of two "
-                f"devices do not mix. Move them: y.to('{outputs.device}')."
-            )
+        require_same_device(outputs, targets)
 
 
 class RealTargets(Likelihood):
@@ -158,6 +161,37 @@ class RealTargets(Likelihood):
                 f"{int((~y.isfinite()).sum())} of {y.numel()} targets are not finite. The curvature would be nan throughout; "
                 "drop these samples."
             )
+
+
+def seeds_of(likelihood: Likelihood, outputs: Tensor, targets: Any = None) -> Seeds:
+    """The seeds of a likelihood in portions, or all at once where it has a `root` (or `signs`) of its own."""
+    kind = type(likelihood)
+    if kind.root is not Likelihood.root or kind.signs is not Likelihood.signs:
+        return Seeds.given(likelihood.root(outputs, targets), likelihood.signs(outputs, targets))
+    _require_one_matrix(kind)
+    return likelihood.seeds(outputs, targets)
+
+
+def _require_one_matrix(kind: type[Likelihood]) -> None:
+    """Refuse a family that changes A but inherits the root of another one: matrix-free and stored values would differ."""
+    first = {name: next(c for c in kind.__mro__ if name in vars(c)) for name in ("seeds", "fisher", "hessian", "matrix")}
+    source = first.pop("seeds")
+    changed = [name for name, owner in first.items() if owner is not source and issubclass(owner, source)]
+    if changed and source is not Likelihood:
+        raise GeometryError(
+            f"{kind.__name__} has a {changed[0]} of its own and inherits the root of {source.__name__}, which belongs to the "
+            f"matrix there: stored matrices would be those of {source.__name__}, matrix-free ones those of {kind.__name__}. "
+            "Define root(outputs, targets) too, or derive from Likelihood, whose root follows from fisher and hessian."
+        )
+
+
+def require_same_device(outputs: Tensor, targets: Any) -> None:
+    """Refuse targets that are on another device."""
+    if isinstance(targets, Tensor) and targets.device != outputs.device:
+        raise GeometryError(
+            f"the outputs are on {outputs.device}, the targets on {targets.device}. Move the data to the network, "
+            f"y.to('{outputs.device}')."
+        )
 
 
 def described(targets: Any) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geoad.curvature.likelihoods.base import Likelihood, described, readable
-from geoad.curvature.likelihoods.roots import positions, spread, wide
+from geoad.curvature.likelihoods.roots import Seeds, positions, wide
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 
@@ -51,6 +52,10 @@ class Categorical(Likelihood):
     hessian_type = True
 
     def __init__(self, axis: int = -1, ignore_index: int | None = None) -> None:
+        for name, value in (("axis", axis), ("ignore_index", ignore_index)):
+            wanted: Any = int if name == "axis" else (int, NoneType)
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise GeometryError(f"{name}={value!r} is no integer. Pass e.g. Categorical(axis=1, ignore_index=-100).")
         if axis == 0:
             raise GeometryError("axis=0 holds the samples and cannot hold the classes. Use axis=-1, or axis=1 for (n, c, ...).")
         self.axis = axis
@@ -88,12 +93,11 @@ class Categorical(Likelihood):
             return blocks
         return self._mass(outputs, targets).movedim(self.axis, -1).unsqueeze(-1) * blocks
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         local = _softmax_root(wide(outputs).movedim(self.axis, -1)).to(outputs.dtype)
         if targets is not None:
             local = self._mass(outputs, targets).movedim(self.axis, -1).sqrt() * local
-        # the axis counts from the front of the outputs or from their end; the seeds have one axis more in front
-        return spread(local).movedim(-1, self.axis + 1 if self.axis >= 0 else self.axis)
+        return Seeds.at_positions(local, axis=self.axis)
 
     def columns(self, outputs_shape: Sequence[int]) -> int:
         return positions(outputs_shape, self.axis) * max(outputs_shape[self.axis] - 1, 0)

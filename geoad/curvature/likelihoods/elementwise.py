@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from geoad.curvature.likelihoods.base import RealTargets, readable
-from geoad.curvature.likelihoods.roots import diagonal_root, wide
+from geoad.curvature.likelihoods.roots import Seeds, wide
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 
@@ -38,9 +38,9 @@ class Bernoulli(RealTargets):
     def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(wide(outputs.detach()).sigmoid(), generator=generator).to(outputs.dtype)
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         # from logarithms: the square root of an underflown product would be 0, with an infinite derivative
-        return diagonal_root((0.5 * (functional.logsigmoid(outputs) + functional.logsigmoid(-outputs))).exp())
+        return Seeds.of_diagonal((0.5 * (functional.logsigmoid(outputs) + functional.logsigmoid(-outputs))).exp())
 
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)
@@ -73,8 +73,8 @@ class Poisson(RealTargets):
         # stays in float32 for half precision, which has no 257
         return torch.poisson(wide(outputs.detach()).exp(), generator=generator)
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
-        return diagonal_root((0.5 * outputs).exp())
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
+        return Seeds.of_diagonal((0.5 * outputs).exp())
 
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geoad.curvature.likelihoods.base import RealTargets
-from geoad.curvature.likelihoods.roots import diagonal_root, numbers_of_a_sample, spread, wide
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, wide
 from geoad.errors import GeometryError, SingularMetricError
 
 __all__ = ["Gaussian"]
@@ -70,12 +70,12 @@ class Gaussian(RealTargets):
         factor = _cholesky(self._wide_covariance(mean).detach()).to(mean.dtype)
         return mean + noise @ factor.mT
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         if self.covariance.ndim < 2:
-            return diagonal_root(self._covariance(outputs).rsqrt().expand(outputs.shape))
+            return Seeds.of_diagonal(self._covariance(outputs).rsqrt().expand(outputs.shape))
         rows = self._whitening(outputs)
         c = rows.shape[0]
-        return spread(rows.reshape(c, *(1,) * (outputs.ndim - 1), c).expand(c, *outputs.shape))
+        return Seeds.at_positions(rows.reshape(c, *(1,) * (outputs.ndim - 1), c).expand(c, *outputs.shape))
 
     def mean_factor(self, outputs_shape: Sequence[int]) -> float:
         """The factor to ``F.mse_loss``: 2σ²/C, for one σ² only."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geoad.curvature.likelihoods.base import Likelihood, readable
-from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, spread_signs, wide
+from geoad.curvature.likelihoods.base import Likelihood, readable, require_same_device
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed_root, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.conditions import holds
@@ -48,13 +48,12 @@ class OutputMatrix(Likelihood):
         a = self._value(outputs, targets)
         return torch.diag_embed(a) if a.ndim == outputs.ndim else a
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
-        return spread(self._root(outputs, targets)[0].to(outputs.dtype))
+    def check_targets(self, outputs: Tensor, targets: Any) -> None:
+        """A need not depend on targets: without any, `fn` is given None."""
+        self.check(outputs)
+        require_same_device(outputs, targets)
 
-    def signs(self, outputs: Tensor, targets: Any = None) -> Tensor | None:
-        return None if self.positive else spread_signs(self._root(outputs, targets)[1].to(outputs.dtype))
-
-    def _root(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         a = wide(self.matrix(outputs, targets))
         if readable(a) and a.numel():
             off, size = (a - a.mT).abs().max(), a.abs().max()
@@ -63,7 +62,8 @@ class OutputMatrix(Likelihood):
                     f"the matrix of OutputMatrix must be symmetric and finite: its entries reach {size:.3g} and differ from "
                     f"the transposed ones by up to {off:.3g}. Only the symmetric part is a curvature: return (A + A.mT) / 2."
                 )
-        return signed_root(a, "the matrix of OutputMatrix", indefinite=not self.positive)
+        local, signs = signed_root(a, "the matrix of OutputMatrix", indefinite=not self.positive)
+        return Seeds.at_positions(local.to(outputs.dtype), None if self.positive else signs.to(outputs.dtype))
 
     def _value(self, outputs: Tensor, targets: Any) -> Tensor:
         a: Any = self.fn(outputs, targets)
@@ -86,7 +86,8 @@ class Loss(Likelihood):
             over its outputs, with reduction="none" or "sum" their sum. Samples cannot mix; so losses with class weights need
             reduction="none", for their mean is divided by the weights of the whole batch.
 
-    A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions.
+    A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions. Its
+    root is made of all C² numbers, with C outputs; where there are many positions, a `Likelihood` takes far less.
     A loss has no distribution over labels, so it has no exact and no Monte-Carlo Fisher.
 
     >>> import torch
@@ -141,9 +142,9 @@ class Loss(Likelihood):
         units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
         return products.mapped(column, units).movedim(0, -1)
 
-    def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
+    def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         local, _ = signed_root(wide(self.matrix(outputs, targets)), "the Hessian of the loss in the outputs")
-        return local.reshape(len(local), *outputs.shape).to(outputs.dtype)
+        return Seeds.given(local.reshape(len(local), *outputs.shape).to(outputs.dtype))
 
     def mean_factor(self, outputs_shape: Any) -> float:
         """1: `nll` is the loss itself."""
@@ -159,6 +160,7 @@ class Loss(Likelihood):
                     f"the loss is taken sample by sample: outputs have shape {tuple(outputs.shape)}, but a target has shape "
                     f"{tuple(leaf.shape)}. Give every target a sample axis of length {len(outputs)} in front."
                 )
+            require_same_device(outputs, leaf)
             if leaf.is_floating_point() and readable(leaf) and not holds(~leaf.isnan().any()):
                 raise GeometryError(
                     f"{int(leaf.isnan().sum())} of {leaf.numel()} targets are nan. The curvature would be nan throughout; drop "

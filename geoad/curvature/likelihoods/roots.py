@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -12,7 +13,7 @@ from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 from geoad.params import is_wrapped
 
-__all__ = ["diagonal_root", "numbers_of_a_sample", "positions", "signed_root", "spread", "spread_signs", "wide"]
+__all__ = ["Portion", "Seeds", "numbers_of_a_sample", "positions", "signed_root", "wide"]
 
 
 def wide(outputs: Tensor) -> Tensor:
@@ -32,32 +33,80 @@ def positions(outputs_shape: Sequence[int], axis: int = -1) -> int:
     return prod(kept[1:])
 
 
-def spread(local: Tensor) -> Tensor:
-    """Seeds of whole samples from the columns of every position: (m, n, ..., c) -> (P m, n, ..., c).
+Portion = tuple[Tensor, Tensor | None]
+"""(s, signs): seeds s (k, n, ..., c), and their signs (k, n) where not all are +1."""
 
-    The P positions (the axes between n and c) are independent, so A is block diagonal over them. Seed p m + k is column k of
-    position p there, and zero elsewhere.
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seeds of A = Σ_k σ_k s_k s_kᵀ for every sample, made when they are asked for.
+
+    A sample has P independent positions, so A is block diagonal over them: seed p m + k is column k of position p there, and
+    zero elsewhere. All seeds are P² m c numbers a sample, what they are made of is P m c.
+
+    Attributes:
+        columns: (m, n, P, c), m columns for every position.
+        shape: the axes of a sample, with the one that the columns run along at the end.
+        axis: where that axis is in the outputs (n, ...).
+        column_signs: σ as (m, n, P), or None where all are +1.
+
+    >>> import torch
+    >>> seeds = Seeds.at_positions(torch.ones(1, 5, 2, 3))
+    >>> len(seeds), seeds.part(slice(1, 2))[0][0, 0]
+    (2, tensor([[0., 0., 0.],
+            [1., 1., 1.]]))
     """
-    m, n, *between, c = local.shape
-    count = prod(between)
-    if count == 1:
-        return local
-    # zeros are put in, not multiplied: an infinite entry must not make its neighbours nan
-    blocks = torch.diag_embed(local.reshape(m, n, count, c).movedim(2, -1))  # (m, n, c, P, P)
-    return blocks.permute(3, 0, 1, 4, 2).reshape(count * m, n, *between, c)
 
+    columns: Tensor
+    shape: tuple[int, ...]
+    axis: int = -1
+    column_signs: Tensor | None = None
 
-def spread_signs(signs: Tensor) -> Tensor:
-    """The signs of the seeds that `spread` gives: (m, n, ...) -> (P m, n)."""
-    m, n, *between = signs.shape
-    count = prod(between)
-    return signs.reshape(m, n, count).permute(2, 0, 1).reshape(count * m, n)
+    @classmethod
+    def at_positions(cls, local: Tensor, signs: Tensor | None = None, axis: int = -1) -> Seeds:
+        """From the columns of all positions, (m, n, ..., c), and their signs (m, n, ...)."""
+        m, n, *shape = local.shape
+        count = prod(shape[:-1])
+        signs = None if signs is None else signs.reshape(m, n, count)
+        return cls(local.reshape(m, n, count, shape[-1]), tuple(shape), axis, signs)
 
+    @classmethod
+    def of_diagonal(cls, scale: Tensor) -> Seeds:
+        """Those of A = diag(scale²), one for every output: each is a position of its own."""
+        n, *shape = scale.shape
+        return cls(scale.reshape(1, n, prod(shape), 1), tuple(shape))
 
-def diagonal_root(scale: Tensor) -> Tensor:
-    """The seeds of A = diag(scale²), one for every output: (n, ..., c) -> (C, n, ..., c) with C numbers in a sample."""
-    n, size = scale.shape[0], numbers_of_a_sample(scale.shape)
-    return torch.diag_embed(scale.reshape(n, size)).movedim(1, 0).reshape(size, *scale.shape)
+    @classmethod
+    def given(cls, s: Tensor, signs: Tensor | None = None) -> Seeds:
+        """From all seeds (K, n, ..., c) and their signs (K, n)."""
+        flat = s.reshape(*s.shape[:2], 1, prod(s.shape[2:]))
+        return cls(flat, tuple(s.shape[2:]), column_signs=None if signs is None else signs.unsqueeze(-1))
+
+    def __len__(self) -> int:
+        return self.columns.shape[0] * self.columns.shape[2]
+
+    def scaled(self, factor: float) -> Seeds:
+        """Those of factor² A."""
+        return replace(self, columns=factor * self.columns)
+
+    def all(self) -> Portion:
+        """All of them."""
+        return self.part(slice(None))
+
+    def part(self, which: slice) -> Portion:
+        """Some of them, with their signs."""
+        m, n, count, c = self.columns.shape
+        index = torch.arange(m * count, device=self.columns.device)[which]
+        if count == 1:
+            s = self.columns[which]
+        else:
+            values = self.columns.permute(0, 2, 1, 3)[index % m, index // m]
+            # zeros are put in, not multiplied: an infinite entry must not make its neighbours nan
+            s = values.new_zeros(len(index), count, n, c)
+            s = s.index_put_((torch.arange(len(index), device=s.device), index // m), values).transpose(1, 2)
+        # the axis counts from the front of the outputs or from their end; the seeds have one axis more in front
+        s = s.reshape(len(index), n, *self.shape).movedim(-1, self.axis + 1 if self.axis >= 0 else self.axis)
+        return s, None if self.column_signs is None else self.column_signs.permute(0, 2, 1)[index % m, index // m]
 
 
 def signed_root(matrix: Tensor, what: str, indefinite: bool = False) -> tuple[Tensor, Tensor]:
