@@ -76,7 +76,7 @@ class Pushed(ops.Implicit):
 def _(operator: Pushed) -> Tensor:
     derivative, inner = operator.derivative, operator.inner
     if isinstance(inner, ops.Multiple) and inner.factor.ndim == 0:  # rows need not be multiplied out
-        kernel = gram(derivative.rows(), [Group(derivative.layout.names)])
+        kernel = gram(list(derivative.rows()), [Group(derivative.layout.names)])
         return (inner.factor * kernel).to(operator.like.dtype)
     jacobian = derivative.dense()
     sharp = derivative.layout.ravel(many(inner, derivative.layout.unravel(jacobian)))
