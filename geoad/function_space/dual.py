@@ -38,9 +38,9 @@ class DualSolver:
     have structure, and products with it are one jvp or vjp of the network. A factor of (N·K)² numbers remains, so it is worth
     while up to some thousands of rows. The result is exact, and the same in every chart.
 
-    A sum of fields is taken apart: those with rows (Fisher and Gauss-Newton matrices over data, in an exact representation) give
-    U, with their factors; all others (metrics, priors, KFAC, ...) take the place of λG, together with λG if λ > 0. That rest must
-    have an inverse, and is solved with in its own structure.
+    A sum of fields is taken apart: those with rows (Fisher and Gauss-Newton matrices over data, in an exact representation)
+    give U, with their factors; all others (metrics, priors, KFAC, ...) take the place of λG, together with λG if λ > 0. That
+    rest must have an inverse, and is solved with in its own structure.
 
     Over data that are shared out among processes (`geoad.distributed.shard`) every process makes the inner products of its own
     rows with those of all, keeps the whole matrix, and gets the same solutions.
@@ -49,8 +49,8 @@ class DualSolver:
     each solve; a ``LowRank`` Fisher plus a multiple of the metric, which stores the rows (747 MiB), takes 20 s and 0.56 s.
 
     Args:
-        field: a Fisher or Gauss-Newton field, whose representation does not matter as long as it stands for the exact matrix; or
-            a sum with such fields.
+        field: a Fisher or Gauss-Newton field, whose representation does not matter as long as it stands for the exact matrix;
+            or a sum with such fields.
         p: the point.
         damping: λ ≥ 0; λ > 0 unless the field is a sum with a positive definite rest.
         metric: G, a metric field with a solve. Default: the reference metric.
@@ -97,8 +97,8 @@ class DualSolver:
             )
         if p.batch_shape:
             raise GeometryError(
-                f"a dual solve was asked for at a batch of points, {tuple(p.batch_shape)}. It factorises the matrix of one point; "
-                "go through them: [geoad.DualSolver(field, q, damping) for q in p]."
+                f"a dual solve was asked for at a batch of points, {tuple(p.batch_shape)}; its matrix is that of one. "
+                "Go through them: [geoad.DualSolver(field, q, damping) for q in p]."
             )
         self.at, self.refinements = p, refinements
         self.home = p.to(p.chart.ground)
@@ -150,7 +150,7 @@ class DualSolver:
         matrix = kernel + torch.diag_embed(damping * eye)
         if not bool(matrix.isfinite().all()):
             raise GeometryError(
-                "the inner products of the rows are not finite. Check data and parameters for NaN and overflow, and the damping."
+                "the inner products of the rows are not finite. Check data, parameters and damping for NaN and overflow."
             )
         if signs is None and isinstance(self._flat, Metric):
             lower, info = torch.linalg.cholesky_ex(matrix)
@@ -305,7 +305,9 @@ def _base(
         _require_positive(damping)
         return damping, metric
     if bool(torch.as_tensor(damping) < 0):
-        raise GeometryError(f"damping must be at least 0, got {float(damping):g}. Subtract a metric explicitly: field - lam * G.")
+        raise GeometryError(
+            f"damping must be at least 0, got {float(damping):g}. Subtract a metric explicitly: field - lam * G."
+        )
     return 1.0, SumField([*rest, (damping, metric)] if bool(torch.as_tensor(damping) > 0) else rest)
 
 

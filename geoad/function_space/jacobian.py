@@ -13,6 +13,7 @@ from geoad.errors import ChartMismatchError, GeometryError, VarianceError
 from geoad.fields import FormField
 from geoad.function_space.derivative import Derivative
 from geoad.function_space.forms import Pulled, Pushed
+from geoad.operators import LinearOperator
 from geoad.params import first
 from geoad.tensors import Axis, Cometric, Covector, Form, GeoTensor, Metric, Vector, describe
 from geoad.tensors.base import require_same_place
@@ -145,6 +146,9 @@ class Jacobian(GeoTensor):
         """The same tensor with its matrix stored."""
         return GeoTensor(self.data, self.axes, self.at)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # it holds no numbers of its own
+
     def __reduce__(self) -> tuple[Any, ...]:
         return GeoTensor, (self.data, self.axes, self.at)
 
@@ -177,7 +181,7 @@ class Jacobian(GeoTensor):
             pushed = self._derivative.push(v.blocks)
             return Vector(self._start.chart, {self._start.chart.layout.names[0]: pushed}, self._start).to(self.space)
         if isinstance(tensor, Cometric):
-            inner = self._at_home(tensor, self.at, self._home).operator
+            inner = _single(self._at_home(tensor, self.at, self._home))
             start = self._start
             return Cometric(start.chart, Pushed(self._derivative, inner, start.chart.layout, start.blocks), start).to(
                 self.space
@@ -200,7 +204,7 @@ class Jacobian(GeoTensor):
             (name,) = w.blocks
             return Covector(self._home.chart, self._derivative.pull(w.blocks[name]), self._home).to(self.chart)
         if isinstance(tensor, Form):
-            inner = self._at_home(tensor, self.image, self._start).operator
+            inner = _single(self._at_home(tensor, self.image, self._start))
             home, cls = self._home, Metric if isinstance(tensor, Metric) else Form
             return cls(self.chart, Pulled(self._derivative, inner), self.at, home=home.chart)
         raise VarianceError(
@@ -215,3 +219,13 @@ class Jacobian(GeoTensor):
         moved = tensor.to(here.chart)
         require_same_place(moved, Vector(here.chart, here.blocks, here), "move along a map")
         return moved.to(home.chart)
+
+
+def _single(tensor: Any) -> LinearOperator:
+    """The operator of one form or cometric."""
+    if tensor.batch_shape:
+        raise GeometryError(
+            f"{describe(tensor)} is a batch, {tuple(tensor.batch_shape)}; what a Jacobian makes of it is matrix-free, one at "
+            "a time. Go through them: [J.pullback(B) for B in forms]; or contract the matrices, J.mT @ B @ J."
+        )
+    return tensor.operator

@@ -29,7 +29,7 @@ __all__ = ["CurvatureRows", "RowsOfField"]
 
 
 class RowsOfField:
-    """The rows √|c|·SᵀJ of one field c·JᵀAJ with A = S D Sᵀ, for the samples of this process; none of their N·K·d numbers is kept.
+    """The rows √|c|·SᵀJ of one field c·JᵀAJ with A = S D Sᵀ, for the samples of this process, which are stored nowhere.
 
     Attributes:
         chunks: the rows in the structure of layers, until whoever needs them takes them away.
