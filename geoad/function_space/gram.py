@@ -66,8 +66,8 @@ class _Gram:
         key = (i, dual and not self.trivial)
         if key in self.kept:
             return self.kept[key]
-        options = {"partners": self.partners, "structured": self.structured}
-        found = features(self.chunks[i], self.groups, dual=key[1], **options)
+        rows, structured = self.chunks[i], self.structured
+        found = features(rows, self.groups, dual=key[1], partners=self.partners, structured=structured)
         size = found.numbers * found.terms[0].left.element_size()
         if size <= self.room:
             self.kept[key], self.room = found, self.room - size
