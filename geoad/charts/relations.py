@@ -25,11 +25,14 @@ def same_manifold(a: Chart, b: Chart) -> bool:
     return first.joined is not None and second.joined is not None and first.joined.uid == second.joined.uid
 
 
-def why_apart(a: Chart, b: Chart) -> str:
-    """Words on two charts of different manifolds."""
+_APART = "Their charts belong to different manifolds, so no map relates them; build both from the same reference chart."
+
+
+def why_apart(a: Chart, b: Chart, otherwise: str = _APART) -> str:
+    """Words on two charts of different manifolds, if it is known what these are; else `otherwise`."""
     first, second = a.reference.about, b.reference.about
     if not (first and second):
-        return "Their charts belong to different manifolds, so no map relates them; build both from the same reference chart."
+        return otherwise
     return (
         f"The first belongs to {first}, the second to {second}: other data, another network or another choice of outputs, and "
         "what is computed at different samples does not mix. Make one geoad.FunctionSpace and use it for both."
@@ -146,7 +149,7 @@ def _across(start: Chart, end: Chart, a: Chart, b: Chart, at: Point | None) -> l
         )
         raise ChartMismatchError(
             f"cannot go from chart '{start.name}' to chart '{end.name}': they belong to different manifolds (reference "
-            f"charts '{a.name}' and '{b.name}'). {why_apart(a, b) if a.about and b.about else remedy}"
+            f"charts '{a.name}' and '{b.name}'). {why_apart(a, b, remedy)}"
         )
     assert a.joined is not None
     return a.joined.way(a, b, at)

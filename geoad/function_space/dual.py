@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -293,7 +293,7 @@ def _taken_apart(field: Any) -> tuple[list[tuple[float, NetworkCurvature]], list
     )
 
 
-def _has_rows(field: FormField) -> bool:
+def _has_rows(field: FormField) -> TypeGuard[NetworkCurvature]:
     return isinstance(field, NetworkCurvature) and not field.structure.imposed
 
 
