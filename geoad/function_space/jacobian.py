@@ -38,6 +38,23 @@ class Jacobian(GeoTensor):
     Attributes:
         image: the point f(p), in the chart of the outputs.
         space: the chart of the upper axis.
+
+    Made by `FunctionSpace.jacobian`. With N·c outputs and d parameters its matrix, ``J.to_dense()``, is (N·c, d), the last axis
+    of the outputs fastest.
+
+    Raises:
+        VarianceError: a covector is pushed, a vector pulled; the message says what goes where.
+        ChartMismatchError: the argument belongs to another network, or to other data.
+        BasePointError: it lives at another point than p, or f(p).
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3).double())
+    >>> space, p = geoad.FunctionSpace(geo, torch.randn(5, 2, dtype=torch.float64)), geo.point()
+    >>> J = space.jacobian(p)
+    >>> v = geo.reference.vector(geo.reference.layout.unravel(torch.randn(9).double()), at=p)
+    >>> w = space.chart.covector(torch.randn(5, 3).double(), at=J.image)
+    >>> torch.allclose(w(J @ v), (w @ J)(v)), torch.allclose((J @ v).ravel(), J.to_dense() @ v.ravel())
+    (True, True)
     """
 
     __slots__ = ("_dense", "_derivative", "_home", "_start", "_turned", "image")
@@ -174,7 +191,12 @@ class Jacobian(GeoTensor):
         """J v for a `Vector` at p, J C Jᵀ for a `Cometric`: a tensor of the same type at f(p).
 
         The cometric C = G⁻¹ of a metric gives J G⁻¹ Jᵀ, the tangent kernel with respect to G; matrix-free, in the structure of
-        layers where its matrix is made and C is a multiple of the identity.
+        layers where its matrix is made and C is a multiple of the identity. Vectors may have batch axes.
+
+        Raises:
+            VarianceError: neither a vector nor a cometric.
+            BasePointError: it lives at another point than p.
+            GeometryError: a batch of cometrics.
         """
         if isinstance(tensor, Vector):
             v = self._at_home(tensor, self.at, self._home)
@@ -195,7 +217,12 @@ class Jacobian(GeoTensor):
         """Jᵀ w for a `Covector` at f(p), Jᵀ A J for a `Form` or `Metric` there: a tensor of the same type at p.
 
         A field on the outputs stands for its value at f(p). The Fisher metric of a likelihood, `FunctionSpace.metric`, gives
-        the Fisher metric of the network.
+        the Fisher metric of the network. Covectors may have batch axes.
+
+        Raises:
+            VarianceError: neither a covector nor a form.
+            BasePointError: it lives at another point than f(p).
+            GeometryError: a batch of forms.
         """
         if isinstance(tensor, FormField):
             return self.pullback(tensor(self.image))
