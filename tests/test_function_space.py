@@ -405,6 +405,26 @@ def test_pushed_forward_cometric_is_the_kernel() -> None:
             near((general @ w).ravel(), w.ravel() @ wanted)
 
 
+@pytest.mark.parametrize("kind", ["diagonal", "kfac", "block_diagonal", "ekfac", "damped", "semidefinite"])
+def test_pushed_forward_structure(kind: str) -> None:
+    """Cometrics with structure, by the rows in chunks; and one that has no inverse."""
+    geo, x, _ = network()
+    p, J = geo.point(), geoad.FunctionSpace(geo, [x[:4], x[4:]], max_memory=3000).jacobian(geo.point())
+    other = torch.randn(40, 3, dtype=torch.float64)
+    if kind == "semidefinite":
+        root = torch.randn(38, 5, dtype=torch.float64)
+        C: Any = geoad.Cometric(geo.reference, geoad.operators.Dense(geo.reference.layout, root @ root.T, symmetric=True), p)
+    elif kind == "damped":
+        C = (Fisher(geo, other, representation="implicit") + Euclidean(geo.reference))(p).inverse()
+    else:
+        C = (Fisher(geo, other, representation=kind) + 0.1 * Euclidean(geo.reference))(p).inverse()
+    pushed = J.pushforward(C)
+    wanted = dense(geo, x) @ C.to_dense() @ dense(geo, x).T
+    near(pushed.to_dense(), wanted)
+    w = random(J.space, J.image, False, 2)
+    near((pushed @ w).ravel(), w.ravel() @ wanted)
+
+
 def test_pushed_forward_cometric_is_the_ntk() -> None:
     geo, x, _ = network()
     p, space = geo.point(), geoad.FunctionSpace(geo, x)
