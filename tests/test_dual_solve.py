@@ -141,6 +141,22 @@ def test_differentiable_in_the_damping() -> None:
     near(slope, -2 * v.detach() @ torch.linalg.solve(full, v.detach()))
 
 
+def test_transforms_of_a_solve() -> None:
+    """Batched by vmap, and differentiated in the right-hand side."""
+    geo, x, _ = network()
+    p = geo.point()
+    solver, rows = geoad.DualSolver(Fisher(geo, x), p, 0.1), random(p.chart, p, False, 3).ravel()
+
+    def solved(row: Tensor) -> Tensor:
+        return solver.solve(p.chart.covector(p.chart.layout.unravel(row), at=p)).ravel()
+
+    inverse = torch.linalg.inv(Fisher(geo, x)(p).to_dense() + 0.1 * torch.eye(38))
+    near(torch.func.vmap(solved)(rows), rows @ inverse)
+    row = rows[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(solved(row).square().sum(), row)
+    near(slope, 2 * inverse @ (inverse @ rows[0]))
+
+
 # -- precision ---------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +289,8 @@ def test_refused() -> None:
         geoad.DualSolver(field(p), p, 0.1)
     with pytest.raises(StructureNotPreservedError, match="exact"):
         geoad.DualSolver(Fisher(geo, x, representation="kfac") + R, p)
+    with pytest.raises(GeometryError, match="not finite"):
+        geoad.dual_solve(field, p, torch.nan * random(p.chart, p, False), 0.1)
     with pytest.raises(SingularMetricError):
         geoad.DualSolver(field + Fisher(geo, X2, representation="kfac"), p)
     with pytest.raises(ChartMismatchError):

@@ -201,17 +201,22 @@ class DualSolver:
         for i in range(self.refinements):
             step = self._once(sub(right, self._product(v)))
             if i == 0:
-                self._require_convergence(v, step)
+                self._require_convergence(right, v, step)
             v = axpy(1.0, v, step)
         return Vector(self.home.chart, v, self.home).to(w.chart)
 
-    def _require_convergence(self, v: Blocks, step: Blocks) -> None:
+    def _require_convergence(self, right: Blocks, v: Blocks, step: Blocks) -> None:
         """The first step of the refinement tells how wrong the solution was: each step makes that so many times smaller."""
         if is_wrapped(v):
             return
         layout: Layout = self.home.chart.layout
         size, change = (layout.ravel(each).detach().double().norm(dim=-1) for each in (v, step))
         if not bool((change <= _CONVERGED * size).all()):
+            if not bool(layout.ravel(right).isfinite().all()):
+                raise GeometryError(
+                    "the right-hand side holds numbers that are not finite, so there is no solution. Look at the loss and the "
+                    "data it was differentiated on."
+                )
             wrong = float((change / size).max())
             raise _too_small(self.damping, self.gram, f"the solution is wrong by a part of {wrong:.2g} of its size")
 
