@@ -261,6 +261,51 @@ def test_wrong_arguments() -> None:
     near(J.pushforward(v.to(q.chart)).ravel(), (J @ v).ravel())
 
 
+def test_data_sets_do_not_mix() -> None:
+    geo, x, _ = network()
+    p, one, two = geo.point(), geoad.FunctionSpace(geo, x), geoad.FunctionSpace(geo, x.clone())
+    J, K = one.jacobian(p), two.jacobian(p)
+    v = random(p.chart, p, True)
+    w = random(two.chart, two(p), False)
+    A = one.metric("gaussian")
+    wrong: list[Callable[[], Any]] = [lambda: J @ v + K @ v, lambda: w(J @ v), lambda: J + K, lambda: J.pullback(w)]
+    for each in (*wrong, lambda: A(J.image) + two.metric("gaussian")(K.image), lambda: A + two.metric(), lambda: A(two(p))):
+        with pytest.raises(GeometryError, match="other data, another network or another choice of outputs"):
+            each()
+    with pytest.raises(ChartMismatchError, match="different manifolds"):
+        _ = J @ v + v
+
+
+def test_batches_of_forms() -> None:
+    """Matrix-free contractions take one at a time; the typing table takes all."""
+    geo, x, _ = network()
+    space, p = geoad.FunctionSpace(geo, x), geo.point()
+    J, root = space.jacobian(p), torch.randn(2, 21, 21, dtype=torch.float64)
+    forms = space.chart.form(root @ root.mT, at=J.image)
+    with pytest.raises(GeometryError, match="Go through them"):
+        J.pullback(forms)
+    near((J.mT @ forms @ J).to_dense(), dense(geo, x).T @ (root @ root.mT) @ dense(geo, x))
+    near(J.pullback(forms[1]).to_dense(), (J.mT @ forms @ J).to_dense()[1])
+    cometric = geo.reference.metric(torch.eye(38).double().expand(2, 38, 38), at=p).inverse()
+    with pytest.raises(GeometryError, match="Go through them"):
+        J.pushforward(cometric)
+
+
+def test_chain_with_maps_of_the_outputs() -> None:
+    """The Jacobian of softmax at f(p) times that of the network, and one copy of it for all."""
+    geo, x, _ = network()
+    space, p = geoad.FunctionSpace(geo, x), geo.point()
+    J, out = space.jacobian(p), geoad.Chart({"q": (7, 3)}, name="probabilities")
+    S = geoad.jacobian(lambda f: f.softmax(-1), space=out)(space(p))
+    plain = torch.func.jacrev(lambda f: f.softmax(-1))(space(p).components).reshape(21, 21)
+    assert [str(axis) for axis in (S @ J).axes] == ["probabilities^", "theta_"]
+    near((S @ J).to_dense(), plain @ dense(geo, x))
+    near((S @ (J @ random(p.chart, p, True))).ravel(), (S @ J).to_dense() @ random(p.chart, p, True).ravel())
+    assert copy.deepcopy(J) is J
+    with pytest.raises(GeometryError, match="at a point"):
+        space.jacobian(dict(p.components))  # pyright: ignore[reportArgumentType]
+
+
 def test_another_chart_of_the_parameters_and_of_the_outputs() -> None:
     geo, x, _ = network()
     space, p = geoad.FunctionSpace(geo, x), geo.point()
@@ -358,6 +403,26 @@ def test_pushed_forward_cometric_is_the_kernel() -> None:
             wanted = jpsi @ torch.linalg.solve(constant(p.to(psi)).to_dense(), jpsi.T)
             near(general.to_dense(), wanted)
             near((general @ w).ravel(), w.ravel() @ wanted)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "kfac", "block_diagonal", "ekfac", "damped", "semidefinite"])
+def test_pushed_forward_structure(kind: str) -> None:
+    """Cometrics with structure, by the rows in chunks; and one that has no inverse."""
+    geo, x, _ = network()
+    p, J = geo.point(), geoad.FunctionSpace(geo, [x[:4], x[4:]], max_memory=3000).jacobian(geo.point())
+    other = torch.randn(40, 3, dtype=torch.float64)
+    if kind == "semidefinite":
+        root = torch.randn(38, 5, dtype=torch.float64)
+        C: Any = geoad.Cometric(geo.reference, geoad.operators.Dense(geo.reference.layout, root @ root.T, symmetric=True), p)
+    elif kind == "damped":
+        C = (Fisher(geo, other, representation="implicit") + Euclidean(geo.reference))(p).inverse()
+    else:
+        C = (Fisher(geo, other, representation=kind) + 0.1 * Euclidean(geo.reference))(p).inverse()
+    pushed = J.pushforward(C)
+    wanted = dense(geo, x) @ C.to_dense() @ dense(geo, x).T
+    near(pushed.to_dense(), wanted)
+    w = random(J.space, J.image, False, 2)
+    near((pushed @ w).ravel(), w.ravel() @ wanted)
 
 
 def test_pushed_forward_cometric_is_the_ntk() -> None:
@@ -574,6 +639,50 @@ def test_training_a_linearised_network() -> None:
     assert tangent.float()(x.float()).dtype == torch.float32
 
 
+def test_the_tangent_stays_frozen() -> None:
+    """requires_grad_() of the whole module leaves θ₀ where it is."""
+    geo, x, y = network()
+    tangent = geoad.linearized(geo).requires_grad_(False).requires_grad_()
+    optimizer = torch.optim.AdamW(tangent.parameters(), lr=0.1, weight_decay=0.5)
+    F.cross_entropy(tangent(x), y).backward()
+    optimizer.step()
+    assert all(not w.requires_grad and w.grad is None for w in tangent.tangency.parameters())
+    assert all(torch.equal(w, tangent.tangency.get_parameter(name)) for name, w in geo.named_parameters())
+    assert list(geoad.GeoModule(tangent).reference.layout) == list(geo.reference.layout)
+
+
+def test_outputs_that_are_no_tensors() -> None:
+    """They are passed on; tensors without a derivative are refused."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor, also: bool = False) -> Any:
+            f = self.names(x)
+            return {"logits": f, "cache": None, "label": f.argmax(-1) if also else "none"}
+
+    net, x = Net(), torch.randn(5, 3, dtype=torch.float64)
+    tangent = geoad.linearized(geoad.GeoModule(net))
+    found = tangent(x)
+    assert found["cache"] is None
+    assert found["label"] == "none"
+    assert torch.equal(found["logits"], net.names(x))
+    with pytest.raises(GeometryError, match="int64"):
+        tangent(x, also=True)
+
+
+def test_refused_linearisations() -> None:
+    geo, _, _ = network()
+    with pytest.raises(GeometryError, match=r"Wrap it: geoad\.linearized"):
+        geoad.linearized(geo.wrapped)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(GeometryError, match="at a point"):
+        geoad.linearized(geo, dict(geo.point().components))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ChartMismatchError):
+        geoad.linearized(geo, network(1)[0].point())
+
+
 def test_names_that_are_taken() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -730,8 +839,6 @@ def test_refused_dual_solves() -> None:
     for approximate in (Fisher(geo, x, representation="kfac"), Fisher(geo, x, representation=geoad.curvature.LowRank(3))):
         with pytest.raises(StructureNotPreservedError, match="exact"):
             geoad.dual_solve(approximate, p, w, 0.1)
-    with pytest.raises(StructureNotPreservedError, match="covariance"):
-        geoad.dual_solve(Fisher(geo, (x, y), kind="covariance"), p, w, 0.1)
     with pytest.raises(StructureNotPreservedError, match="rows"):
         geoad.dual_solve(Euclidean(geo.reference), p, w, 0.1)  # pyright: ignore[reportArgumentType]
     low = geoad.GeoModule(copy.deepcopy(geo.wrapped).float())

@@ -16,5 +16,6 @@ from geoad.charts.relations import same_manifold as same_manifold
 from geoad.charts.relations import same_space as same_space
 from geoad.charts.relations import section_between as section_between
 from geoad.charts.relations import station as station
+from geoad.charts.relations import why_apart as why_apart
 from geoad.charts.reparametrization import Reparametrization as Reparametrization
 from geoad.charts.reparametrization import between as between

@@ -58,6 +58,8 @@ class Chart:
     >>> normal = geoad.Chart({"mu": (), "sigma": ()}, name="normal", domain={"sigma > 0": lambda x: x["sigma"] > 0})
     """
 
+    about: str = ""  # of a reference chart: what the manifold is, for messages
+
     def __init__(
         self,
         shapes: Mapping[str, Sequence[int]] | Sequence[int],

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from geoad.charts.point import Point
     from geoad.charts.reparametrization import Reparametrization
 
-__all__ = ["flat_reference", "meeting", "path", "same_manifold", "same_space", "section_between", "station"]
+__all__ = ["flat_reference", "meeting", "path", "same_manifold", "same_space", "section_between", "station", "why_apart"]
 
 
 def same_manifold(a: Chart, b: Chart) -> bool:
@@ -23,6 +23,20 @@ def same_manifold(a: Chart, b: Chart) -> bool:
     if first == second:
         return True
     return first.joined is not None and second.joined is not None and first.joined.uid == second.joined.uid
+
+
+_APART = "Their charts belong to different manifolds, so no map relates them; build both from the same reference chart."
+
+
+def why_apart(a: Chart, b: Chart, otherwise: str = _APART) -> str:
+    """Words on two charts of different manifolds, if it is known what these are; else `otherwise`."""
+    first, second = a.reference.about, b.reference.about
+    if not (first and second):
+        return otherwise
+    return (
+        f"The first belongs to {first}, the second to {second}: other data, another network or another choice of outputs, and "
+        "what is computed at different samples does not mix. Make one geoad.FunctionSpace and use it for both."
+    )
 
 
 def same_space(a: Chart, b: Chart) -> bool:
@@ -129,10 +143,13 @@ def meeting(homes: Sequence[Chart]) -> Chart:
 def _across(start: Chart, end: Chart, a: Chart, b: Chart, at: Point | None) -> list[tuple[Reparametrization, bool]]:
     """The way from tree to tree, between their roots, if these are charts of one atlas."""
     if not same_manifold(a, b):
+        remedy = (
+            "Only charts made from one another by reparametrize, or joined by a geoad.Atlas, share a manifold; make the second "
+            "one with chart.reparametrize(...)."
+        )
         raise ChartMismatchError(
             f"cannot go from chart '{start.name}' to chart '{end.name}': they belong to different manifolds (reference "
-            f"charts '{a.name}' and '{b.name}'). Only charts made from one another by reparametrize, or joined by a "
-            "geoad.Atlas, share a manifold; make the second one with chart.reparametrize(...)."
+            f"charts '{a.name}' and '{b.name}'). {why_apart(a, b, remedy)}"
         )
     assert a.joined is not None
     return a.joined.way(a, b, at)

@@ -21,6 +21,7 @@ from geoad.charts import (
     path,
     same_manifold,
     section_between,
+    why_apart,
 )
 from geoad.errors import ChartMismatchError, VarianceError
 from geoad.fields.transition import Transition
@@ -284,8 +285,8 @@ def require_point(p: Any, chart: Chart, what: str) -> Point:
     if not same_manifold(p.chart, chart):
         raise ChartMismatchError(
             f"{what} on the manifold of chart '{chart.reference.name}' was given a point of chart '{p.chart.name}', "
-            "which belongs to "
-            "another manifold. Make the point with a chart of the same manifold."
+            "which belongs to another manifold. "
+            + why_apart(chart, p.chart, "Make the point with a chart of the same manifold.")
         )
     return p
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from geoad.curvature.sweep import Batch, Plans, sweep
-from geoad.data import Batches
+from geoad.curvature.sweep import Batch, Plans, Portion
+from geoad.data import Batches, take
 from geoad.errors import GeometryError
 from geoad.kernels import products
-from geoad.kernels.layered import Outputs, Rows
+from geoad.kernels.layered import Outputs, Rows, linearize
 from geoad.kernels.linear import Repeated
 from geoad.params import Blocks, Layout, add, first
 
-__all__ = ["Derivative"]
+__all__ = ["Derivative", "require_length", "rows_of"]
 
 
 class _Part(NamedTuple):
@@ -76,20 +77,19 @@ class Derivative:
         if d <= each:
             eye = torch.eye(d, dtype=first(self.x).dtype, device=first(self.x).device)
             return self.push(self.layout.unravel(eye)).reshape(d, -1).mT
-        found = _Written(first(self.x).new_empty(self.shape[0], each, d))
-        self.sweep(found)
-        return found.matrix.flatten(0, 1)
+        found = first(self.x).new_empty(self.shape[0], each, d)
+        start, offsets = 0, self.layout.offsets()
+        for rows in self.rows(beside=lambda rows: rows.seeds * max(rows.layout.sizes)):
+            for name, columns in offsets.items():
+                found[start : start + rows.samples, :, columns] = rows.explicit(name).to(found.dtype)
+            start += rows.samples
+        return found.flatten(0, 1)
 
-    def sweep(self, consumer: _Written | Kept) -> None:
-        """Hand the rows of all outputs to `consumer`, chunk by chunk."""
+    def rows(self, beside: Numbers | None = None) -> Iterator[Rows]:
+        """The rows of all outputs, a few samples at a time, in the structure of layers; see `rows_of`."""
         batches = (Batch(size, inputs, None) for size, inputs, _ in self.batches.sized())
-        sweep(Plans(self.outputs, self.x), batches, lambda f, _: (_units(f), None), [consumer], max_memory=self.max_memory)
-
-    def rows(self) -> list[Rows]:
-        """The rows of all outputs, a few samples at a time, in the structure of layers."""
-        kept = Kept()
-        self.sweep(kept)
-        return kept.rows
+        plans = Plans(self.outputs, self.x)
+        return (rows for rows, _ in rows_of(plans, batches, lambda f, _: (_units(f), None), self.max_memory, beside))
 
 
 def _part(outputs: Outputs, x: Blocks, size: int, inputs: object, room: int) -> _Part:
@@ -108,35 +108,45 @@ def _units(f: Tensor) -> Tensor:
     return eye.expand(count, *f.shape)
 
 
-class _Written:
-    """The rows in one tensor (N, m, d)."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.start = matrix, 0
-
-    def add(self, rows: Rows, signs: Tensor | None) -> None:
-        place = slice(self.start, self.start + rows.samples)
-        for name, columns in rows.layout.offsets().items():
-            self.matrix[place, :, columns] = rows.explicit(name).to(self.matrix.dtype)
-        self.start += rows.samples
-
-    def numbers_of_a_sample(self, rows: Rows) -> int:
-        return rows.seeds * max(rows.layout.sizes)
+Numbers = Callable[[Rows], int]
+"""How many numbers are needed for each sample, judged by the rows of some."""
 
 
-class Kept:
-    """The rows as they come."""
+def rows_of(
+    plans: Plans,
+    batches: Iterable[Batch],
+    seeds: Callable[[Tensor, Any], Portion],
+    max_memory: int,
+    beside: Numbers | None = None,
+) -> Iterator[tuple[Rows, Portion]]:
+    """The rows sᵀJ of some samples after another, each with its seeds; a sample is never divided.
 
-    def __init__(self) -> None:
-        self.rows: list[Rows] = []
+    So many samples are taken together that the rows, and what is made `beside` them, stay within `max_memory` bytes; one sample
+    is always taken.
+    """
+    layout, width = Layout({name: block.shape for name, block in plans.x.items()}), max(4, first(plans.x).element_size())
 
-    def add(self, rows: Rows, signs: Tensor | None) -> None:
-        """Keep them."""
-        self.rows.append(rows)
+    def most(rows: Rows) -> int:
+        each = rows.numbers_of_a_sample() + (0 if beside is None else beside(rows))
+        return max(1, min(_MOST, max_memory // (max(1, each) * width)))
 
-    def numbers_of_a_sample(self, rows: Rows) -> int:
-        """Nothing beside the rows."""
-        return 0
+    step = 0
+    for batch in batches:
+        plan, start = plans.of(batch.inputs), 0
+        if not step:
+            sample = plans.trial(batch.inputs)
+            step = most(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+        while start < batch.size:
+            portions = math.ceil((batch.size - start) / step)  # of one size
+            part = slice(start, start + math.ceil((batch.size - start) / portions))
+            linearized = linearize(plans.outputs, layout, plans.x, take(batch.inputs, part), plan)
+            found = seeds(linearized.outputs, take(batch.labels, part))
+            rows = linearized.pull(found[0])
+            yield rows, found
+            start, step = start + rows.samples, most(rows)
+
+
+_MOST = 1024
 
 
 def require_length(outputs: Tensor, size: int) -> None:

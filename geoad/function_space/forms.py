@@ -6,11 +6,12 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad.function_space.derivative import Derivative
-from geoad.function_space.gram import gram
+from geoad.function_space.gram import gram, numbers_beside
 from geoad.kernels import products
 from geoad.kernels.kernel_gram import Group
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, Layout, first
+from geoad.tangent.inverse import inverse_groups
 
 __all__ = ["Pulled", "Pushed", "many"]
 
@@ -76,8 +77,12 @@ class Pushed(ops.Implicit):
 def _(operator: Pushed) -> Tensor:
     derivative, inner = operator.derivative, operator.inner
     if isinstance(inner, ops.Multiple) and inner.factor.ndim == 0:  # rows need not be multiplied out
-        kernel = gram(derivative.rows(), [Group(derivative.layout.names)])
+        kernel = gram(list(derivative.rows()), [Group(derivative.layout.names)])
         return (inner.factor * kernel).to(operator.like.dtype)
+    if inner.symmetric and inner.definite:  # nor here, where C has structure; else a few at a time
+        groups = inverse_groups(ops.inverse(inner), True)
+        rows = derivative.rows(beside=lambda rows: numbers_beside(groups, rows))
+        return gram(list(rows), groups, derivative.max_memory // 2).to(operator.like.dtype)
     jacobian = derivative.dense()
     sharp = derivative.layout.ravel(many(inner, derivative.layout.unravel(jacobian)))
     return _symmetrised(operator, sharp @ jacobian.mT)

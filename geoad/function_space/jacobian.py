@@ -13,6 +13,7 @@ from geoad.errors import ChartMismatchError, GeometryError, VarianceError
 from geoad.fields import FormField
 from geoad.function_space.derivative import Derivative
 from geoad.function_space.forms import Pulled, Pushed
+from geoad.operators import LinearOperator
 from geoad.params import first
 from geoad.tensors import Axis, Cometric, Covector, Form, GeoTensor, Metric, Vector, describe
 from geoad.tensors.base import require_same_place
@@ -37,6 +38,23 @@ class Jacobian(GeoTensor):
     Attributes:
         image: the point f(p), in the chart of the outputs.
         space: the chart of the upper axis.
+
+    Made by `FunctionSpace.jacobian`. With N·c outputs and d parameters its matrix, ``J.to_dense()``, is (N·c, d), the last axis
+    of the outputs fastest.
+
+    Raises:
+        VarianceError: a covector is pushed, a vector pulled; the message says what goes where.
+        ChartMismatchError: the argument belongs to another network, or to other data.
+        BasePointError: it lives at another point than p, or f(p).
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3).double())
+    >>> space, p = geoad.FunctionSpace(geo, torch.randn(5, 2, dtype=torch.float64)), geo.point()
+    >>> J = space.jacobian(p)
+    >>> v = geo.reference.vector(geo.reference.layout.unravel(torch.randn(9).double()), at=p)
+    >>> w = space.chart.covector(torch.randn(5, 3).double(), at=J.image)
+    >>> torch.allclose(w(J @ v), (w @ J)(v)), torch.allclose((J @ v).ravel(), J.to_dense() @ v.ravel())
+    (True, True)
     """
 
     __slots__ = ("_dense", "_derivative", "_home", "_start", "_turned", "image")
@@ -145,6 +163,9 @@ class Jacobian(GeoTensor):
         """The same tensor with its matrix stored."""
         return GeoTensor(self.data, self.axes, self.at)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # it holds no numbers of its own
+
     def __reduce__(self) -> tuple[Any, ...]:
         return GeoTensor, (self.data, self.axes, self.at)
 
@@ -170,14 +191,19 @@ class Jacobian(GeoTensor):
         """J v for a `Vector` at p, J C Jᵀ for a `Cometric`: a tensor of the same type at f(p).
 
         The cometric C = G⁻¹ of a metric gives J G⁻¹ Jᵀ, the tangent kernel with respect to G; matrix-free, in the structure of
-        layers where its matrix is made and C is a multiple of the identity.
+        layers where its matrix is made and C is a multiple of the identity. Vectors may have batch axes.
+
+        Raises:
+            VarianceError: neither a vector nor a cometric.
+            BasePointError: it lives at another point than p.
+            GeometryError: a batch of cometrics.
         """
         if isinstance(tensor, Vector):
             v = self._at_home(tensor, self.at, self._home)
             pushed = self._derivative.push(v.blocks)
             return Vector(self._start.chart, {self._start.chart.layout.names[0]: pushed}, self._start).to(self.space)
         if isinstance(tensor, Cometric):
-            inner = self._at_home(tensor, self.at, self._home).operator
+            inner = _single(self._at_home(tensor, self.at, self._home))
             start = self._start
             return Cometric(start.chart, Pushed(self._derivative, inner, start.chart.layout, start.blocks), start).to(
                 self.space
@@ -191,7 +217,12 @@ class Jacobian(GeoTensor):
         """Jᵀ w for a `Covector` at f(p), Jᵀ A J for a `Form` or `Metric` there: a tensor of the same type at p.
 
         A field on the outputs stands for its value at f(p). The Fisher metric of a likelihood, `FunctionSpace.metric`, gives
-        the Fisher metric of the network.
+        the Fisher metric of the network. Covectors may have batch axes.
+
+        Raises:
+            VarianceError: neither a covector nor a form.
+            BasePointError: it lives at another point than f(p).
+            GeometryError: a batch of forms.
         """
         if isinstance(tensor, FormField):
             return self.pullback(tensor(self.image))
@@ -200,7 +231,7 @@ class Jacobian(GeoTensor):
             (name,) = w.blocks
             return Covector(self._home.chart, self._derivative.pull(w.blocks[name]), self._home).to(self.chart)
         if isinstance(tensor, Form):
-            inner = self._at_home(tensor, self.image, self._start).operator
+            inner = _single(self._at_home(tensor, self.image, self._start))
             home, cls = self._home, Metric if isinstance(tensor, Metric) else Form
             return cls(self.chart, Pulled(self._derivative, inner), self.at, home=home.chart)
         raise VarianceError(
@@ -215,3 +246,13 @@ class Jacobian(GeoTensor):
         moved = tensor.to(here.chart)
         require_same_place(moved, Vector(here.chart, here.blocks, here), "move along a map")
         return moved.to(home.chart)
+
+
+def _single(tensor: Any) -> LinearOperator:
+    """The operator of one form or cometric."""
+    if tensor.batch_shape:
+        raise GeometryError(
+            f"{describe(tensor)} is a batch, {tuple(tensor.batch_shape)}; what a Jacobian makes of it is matrix-free, one at "
+            "a time. Go through them: [J.pullback(B) for B in forms]; or contract the matrices, J.mT @ B @ J."
+        )
+    return tensor.operator

@@ -14,10 +14,9 @@ from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.ladder import FIXES
 from geoad.params import Blocks, axpy, flatten
+from geoad.tensors import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from geoad.module import GeoModule
 
 __all__ = ["Linearized", "linearized"]
@@ -42,7 +41,20 @@ def linearized(geo: GeoModule, p0: Point | None = None, *, centred: bool = False
     >>> x, tangent = torch.randn(5, 2), geoad.linearized(geo)
     >>> torch.equal(tangent(x), geo(x)), [name for name, w in tangent.named_parameters() if w.requires_grad][:2]
     (True, ['0.weight', '0.bias'])
+
+    Raises:
+        ChartMismatchError: p₀ is no point of this network.
+        GeometryError: it is a batch of points; no `GeoModule` is given; a name of the network is taken by the module itself.
     """
+    if not callable(getattr(geo, "set_point", None)):
+        raise GeometryError(
+            f"what is linearised is a network with its manifold, found {type(geo).__name__}. Wrap it: "
+            "geoad.linearized(geoad.GeoModule(net))."
+        )
+    if not (p0 is None or isinstance(p0, Point)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise GeometryError(
+            f"a network is linearised at a point, found {describe(p0)}. Pass geo.point(), or geo.reference.point(components)."
+        )
     return Linearized(geo, geo.point() if p0 is None else p0, centred)
 
 
@@ -73,7 +85,7 @@ class Linearized(nn.Module):
         self.tangency = base.eval().requires_grad_(False)
         recurrent = any(isinstance(module, nn.RNNBase) for module in base.modules())
         self._fixes = [fix for fix in FIXES if recurrent or fix.name != "unfused recurrent layers"]  # that one is slow
-        self.names = tuple(start.blocks)
+        self._names = tuple(start.blocks)
         for name, block in start.blocks.items():
             number = torch.zeros_like(block) if centred else block.detach().clone()
             _place(self, name, nn.Parameter(number))
@@ -84,9 +96,15 @@ class Linearized(nn.Module):
         self.tangency.eval()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Linearized:
+        """As usual; the network at θ₀ stays frozen, for it is the place of the tangent and no part of what is trained."""
+        super().requires_grad_(requires_grad)
+        self.tangency.requires_grad_(False)
+        return self
+
     def offsets(self) -> Blocks:
         """θ - θ₀, by the names of the network's parameters."""
-        mine = {name: self._own(name) for name in self.names}
+        mine = {name: self._own(name) for name in self._names}
         return mine if self.centred else axpy(-1.0, self._start(), mine)
 
     def _own(self, name: str) -> Tensor:
@@ -96,16 +114,20 @@ class Linearized(nn.Module):
 
     def _start(self) -> Blocks:
         kept = self.tangency.stored_parameters()
-        return {name: kept[name] for name in self.names}
+        return {name: kept[name] for name in self._names}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """g(x; θ)."""
         base, given = self.tangency, kwargs or (args[0] if len(args) == 1 else args)
 
-        def outputs(theta: Blocks) -> Any:
+        seen: list[Any] = []
+
+        def outputs(theta: Blocks) -> list[Tensor]:
             if base._forward_fn is not None:  # pyright: ignore[reportPrivateUsage]
-                return base.evaluate(theta, given)
-            return base.apply_network(theta, _called, args, kwargs)
+                seen.append(base.evaluate(theta, given))
+            else:
+                seen.append(base.apply_network(theta, _called, args, kwargs))
+            return _tensors(seen[-1])
 
         # J v as the transpose of u ↦ Jᵀu: formulas of forward mode have no derivative at times, or a wrong one. Who will
         # differentiate the result is not known here, so operations that lack a second derivative are replaced beforehand
@@ -113,22 +135,35 @@ class Linearized(nn.Module):
             for fix in self._fixes:
                 settings.enter_context(fix.context())
             value, pull = products.vjp(outputs, self._start())
-            change = products.vjp(pull, _each(torch.zeros_like, value))[1](self.offsets())
-        return _sum(value, change)
+            change = products.vjp(pull, [torch.zeros_like(leaf) for leaf in value])[1](self.offsets())
+        return _filled(seen[-1], [a + b for a, b in zip(value, change, strict=True)])
 
 
 def _called(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return net(*args, **kwargs)
 
 
-def _each(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    leaves, build = flatten(tree)
-    return build([fn(leaf) for leaf in leaves])
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors among the outputs of a network.
+
+    Raises:
+        GeometryError: one of them has no derivative.
+    """
+    found = [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+    for each in found:
+        if not (each.is_floating_point() or each.is_complex()):
+            raise GeometryError(
+                f"the network returns a tensor of type {each.dtype}, shape {tuple(each.shape)}, which has no tangent: of the "
+                "linearised network it would be another one. Say which outputs are meant: "
+                "GeoModule(net, forward=lambda net, x: net(x)[0])."
+            )
+    return found
 
 
-def _sum(value: Any, change: Any) -> Any:
-    leaves, build = flatten(value)
-    return build([a + b for a, b in zip(leaves, flatten(change)[0], strict=True)])
+def _filled(tree: Any, tensors: list[Tensor]) -> Any:
+    """The outputs with other tensors; None and the like stay as they are."""
+    (leaves, build), others = flatten(tree), iter(tensors)
+    return build([next(others) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -37,6 +37,17 @@ class OutputMetric(MetricField):
         chart: the chart of the outputs.
         likelihood: what the outputs mean.
         weight: w, 1/N for means over the samples.
+
+    Raises:
+        GeometryError: outputs that the likelihood cannot have (one logit, a covariance of another size), at a point.
+
+    >>> import torch, geoad
+    >>> chart = geoad.Chart({"f": (4, 3)}, name="outputs")
+    >>> A = geoad.function_space.OutputMetric(chart, geoad.curvature.Categorical(), weight=0.25)
+    >>> f = chart.point(torch.randn(4, 3).double())
+    >>> shift = chart.vector(torch.ones(4, 3).double(), at=f)  # a constant may be added to logits
+    >>> bool(A(f)(shift, shift).abs() < 1e-12)
+    True
     """
 
     def __init__(self, chart: Chart, likelihood: Likelihood, weight: float) -> None:

@@ -22,6 +22,7 @@ from geoad.kernels.layered import Outputs
 from geoad.kernels.memory import bytes_of
 from geoad.params import Blocks, is_wrapped
 from geoad.tangent.data import Data, space_of
+from geoad.tensors import describe
 
 if TYPE_CHECKING:
     from geoad.module import GeoModule
@@ -97,6 +98,7 @@ class FunctionSpace:
             self._chart = space_of(
                 self.geo, self.data.source, (_named(self._select), "none"), (self.batches.total, *f.shape[1:])
             )
+            self._chart.about = f"the outputs of a {type(self.geo.wrapped).__name__} over {self.batches.total} samples"
         return self._chart
 
     @property
@@ -136,6 +138,11 @@ class FunctionSpace:
 
         In coordinates that cannot be undone (below an immersion) it is the Jacobian of the network as a function of these.
         """
+        if not isinstance(p, Point):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(
+                f"the Jacobian was asked for at {describe(p)}. It is a tensor at a point of the network: pass geo.point(), or "
+                "theta.point(components); for plain numbers there is torch.func.jacrev(space)."
+            )
         self._require_mine(p)
         if p.batch_shape:
             raise GeometryError(

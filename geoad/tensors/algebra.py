@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Point
+from geoad.charts import Point, same_manifold, why_apart
 from geoad.errors import VarianceError
 from geoad.params import add as add_blocks
 from geoad.params import insert_axes, is_wrapped, map_blocks, scale
@@ -126,6 +126,10 @@ def _not_addable(a: Any, b: Any) -> str:
             "Give the plain numbers a type, chart.vector(x, at=p) or chart.covector(x, at=p); for damping add a metric: "
             "G + lam * geoad.metrics.Euclidean(chart)(p); or leave the types with .components."
         )
+    if [x.up for x in a.axes] == [x.up for x in b.axes]:
+        for x, y in zip(a.axes, b.axes, strict=True):
+            if x.chart is not None and y.chart is not None and not same_manifold(x.chart, y.chart):
+                return first + why_apart(x.chart, y.chart)
     return first + "Only tensors of the same type add; contract or convert with a metric, or use .components."
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 import torch
 from torch import Tensor
 
-from geoad.charts import Chart, Point, Reparametrization, same_manifold, same_point
+from geoad.charts import Chart, Point, Reparametrization, same_manifold, same_point, why_apart
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.tensors.methods import HANDLERS, Methods
 
@@ -280,7 +280,7 @@ def require_same_place(a: TypedTensor, b: TypedTensor, operation: str) -> None:
         remedy = (
             f"Move one of them first: T.to(chart), for instance second.to(first.chart) to get both into '{a.chart.name}'."
             if same_manifold(a.chart, b.chart)
-            else "Their charts belong to different manifolds, so no map relates them; build both from the same reference chart."
+            else why_apart(a.chart, b.chart)
         )
         twins = " (two charts of the same name)" if a.chart.name == b.chart.name else ""
         raise ChartMismatchError(
