@@ -117,7 +117,6 @@ class TangentKernel:
         _check(geo, metric, contract, representation, x2)
         self.geo, self.chosen = geo, outputs
         self.select = None if outputs is None else selecting(outputs)
-        self.meaning: Any = self.select if _hashable(self.select) else object()
         self.metric = Euclidean(geo.reference) if metric is None else metric.place(geo.reference)
         self.left = Data(geo, x1, self.select, shared=True)
         self.right = self.left if x2 is None else Data(geo, x2, self.select, shared=True)
@@ -230,7 +229,7 @@ class TangentKernel:
 
     def _space(self, side: Data, f: Tensor) -> Chart:
         shape = f.shape if self.contract == "none" else _contracted(f.shape)
-        return space_of(self.geo, side.source, (self.meaning, self.contract), shape)
+        return space_of(self.geo, side.source, (side.meaning, self.contract), shape)
 
     def _image(self, space: Chart, f: Tensor) -> Point:
         """f(p); for a sum over outputs there is no such point, and the origin stands for it."""
@@ -249,14 +248,6 @@ class TangentKernel:
 def _contracted(shape: torch.Size) -> torch.Size:
     """Without the last axis, the outputs; one number for each sample is that already."""
     return shape[:-1] if len(shape) > 1 else shape
-
-
-def _hashable(thing: Any) -> bool:
-    try:
-        hash(thing)
-    except TypeError:
-        return False
-    return True
 
 
 def _check(geo: Any, metric: Any, contract: str, representation: str, x2: Any) -> None:
