@@ -32,7 +32,7 @@ def gram(chunks: Sequence[Rows], groups: Sequence[Group]) -> Tensor:
 
 def _gram(chunks: Sequence[Rows], groups: Sequence[Group], structured: bool) -> Tensor:
     count = sum(rows.samples for rows in chunks)
-    trivial = all(group.scale is None and group.solve is None for group in groups)
+    trivial = all(group.solve is None for group in groups)
 
     def made(rows: Rows, dual: bool) -> Features:
         return features(rows, groups, dual=dual, partners=count, structured=structured)

@@ -7,10 +7,12 @@ term           rows                                      inner products
 =============  ========================================  ==================================================================
 `Outer`        l ⊗ a                                     (l lᵀ)[nK, mK'] · (a aᵀ)[n, m]
 `Positions`    Σ_t l_t ⊗ a_t                             Σ_ts (l_t l_sᵀ)[nK, mK'] (a_t a_sᵀ)[n, m]
+`Weighted`     w ∘ (l ⊗ a)                               Σ_o (l_o l_oᵀ)[nK, mK'] (a w_o² aᵀ)[n, m]
 `Explicit`     r                                         (r rᵀ)[nK, mK']
 =============  ========================================  ==================================================================
 
-(structured derivatives; Novak, Sohl-Dickstein & Schoenholz 2022). The tokens of an embedding are positions with one-hot inputs.
+(structured derivatives; Novak, Sohl-Dickstein & Schoenholz 2022). The tokens of an embedding are positions with one-hot inputs;
+weights are what a metric that is diagonal in some bases of inputs and outputs brings in.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Explicit", "Outer", "Positions", "Term", "add_equal_products", "add_products", "agreed"]
+__all__ = ["Explicit", "Outer", "Positions", "Term", "Weighted", "add_equal_products", "add_products", "agreed"]
 
 _ROOM = 1 << 25
 """Bytes of intermediate products that are worth having at once."""
@@ -108,6 +110,36 @@ class Outer(Term):
     def explicit(self) -> Explicit:
         rows = self.left.unsqueeze(-1) * self.right[:, None, None, :]
         return Explicit(self.names, rows.flatten(2))
+
+
+@dataclass(frozen=True)
+class Weighted(Term):
+    """Σ_s weights (o, i) ∘ (left (n, K, s, o) ⊗ right (n, i)); with s > 1 the inner products are summed over equal s."""
+
+    right: Tensor
+    weights: Tensor
+
+    @property
+    def numbers(self) -> int:
+        return self.left.numel() + self.right.numel()
+
+    def part(self, samples: slice) -> Weighted:
+        return replace(self, left=self.left[samples], right=self.right[samples])
+
+    def split(self, places: int) -> Weighted:
+        return replace(super().split(places), right=self.right.repeat_interleave(places, 0))
+
+    def merged(self) -> Weighted:
+        return replace(self, left=self.left.flatten(1, 2).unsqueeze(1))
+
+    def explicit(self) -> Explicit:
+        rows = (self.left.unsqueeze(-1) * self.right[:, None, None, None, :]).mul_(self.weights)
+        return Explicit(self.names, rows.flatten(2))
+
+    def prefers_explicit(self) -> bool:
+        """Multiplying out costs less than a matrix of inner products for each output does."""
+        k, s, inside = self.left.shape[1], self.left.shape[2], self.right.shape[-1]
+        return k * k * s * inside <= inside + _SLOWER * (k + s) + k * k * s
 
 
 @dataclass(frozen=True)
@@ -197,12 +229,20 @@ def add_products(total: Tensor, a: Term, b: Term, fresh: bool) -> None:
         if fresh:
             total.zero_()
         _add_pairs(total, a, b)
+    elif isinstance(a, Weighted) and isinstance(b, Weighted):
+        if fresh:
+            total.zero_()
+        add = _add_weighted_sums if a.left.shape[1] == 1 else _add_weighted
+        add(total, a, b)
     else:
         raise TypeError(f"inner products of {type(a).__name__} and {type(b).__name__}")
 
 
 def add_equal_products(total: Tensor, a: Term, b: Term, fresh: bool) -> None:
     """The same for equal seeds alone, (K, n, m)."""
+    if isinstance(a, Weighted) and isinstance(b, Weighted):
+        _add_weighted_equal(total.zero_() if fresh else total, a, b)
+        return
     if isinstance(a, Positions) or isinstance(b, Positions):
         for k, part in enumerate(total):
             add_products(part[:, None, :, None], a.seed(k), b.seed(k), fresh)
@@ -269,6 +309,45 @@ def _add_pairs(total: Tensor, a: Positions, b: Positions) -> None:
             mixed = mixed.permute(1, 2, 3, 0, 4).reshape(count, t * o, held * other)
             found = torch.bmm(left.left.reshape(count, k, t * o), mixed)
             total[rows, :, columns] += found.reshape(count, k, held, other)
+
+
+def _similarities(a: Weighted, b: Weighted) -> Tensor:
+    """(n, o, m): inner products of the inputs, for each output with its weights."""
+    bent = a.right.unsqueeze(1) * a.weights.square()
+    return (bent.flatten(0, 1) @ b.right.mT).view(*bent.shape[:2], len(b.right))
+
+
+def _add_weighted(total: Tensor, a: Weighted, b: Weighted) -> None:
+    """Σ_o l_no (S_o[n, m] l_mo): a product of matrices for each sample."""
+    n, _, _, o = a.left.shape
+    m, other, inside = len(b.left), b.left.shape[1], a.right.shape[-1]
+    right = b.left[:, :, 0].permute(2, 0, 1).contiguous()  # (o, m, K')
+    for rows in _portions(n, o * (inside + m + m * other), a.left):
+        left = a.part(rows)
+        mixed = _similarities(left, b).unsqueeze(-1) * right
+        found = torch.bmm(left.left[:, :, 0], mixed.flatten(2))
+        total[rows] += found.view(*found.shape[:2], m, other)
+
+
+def _add_weighted_sums(total: Tensor, a: Weighted, b: Weighted) -> None:
+    """Σ_o S_o[n, m] (l_o l_oᵀ)[n, m], the seeds summed already."""
+    o, inside = a.left.shape[-1], a.right.shape[-1]
+    right = b.left[:, 0].permute(2, 1, 0)  # (o, s, m)
+    for rows in _portions(len(a.left), o * (inside + 2 * len(b.left)), a.left):
+        left = a.part(rows)
+        found = torch.bmm(left.left[:, 0].permute(2, 0, 1), right)
+        total[rows, 0, :, 0] += found.mul_(_similarities(left, b).transpose(0, 1)).sum(0)
+
+
+def _add_weighted_equal(total: Tensor, a: Weighted, b: Weighted) -> None:
+    """The same for each of the seeds by itself, (K, n, m)."""
+    o, inside = a.left.shape[-1], a.right.shape[-1]
+    for rows in _portions(len(a.left), o * (inside + 2 * len(b.left)), a.left):
+        left = a.part(rows)
+        similarity = _similarities(left, b)
+        for k, part in enumerate(total):
+            mixed = similarity * b.left[:, k, 0].mT
+            part[rows] += torch.bmm(left.left[:, k], mixed).squeeze(1)
 
 
 def _portions(count: int, numbers: int, like: Tensor) -> Iterator[slice]:

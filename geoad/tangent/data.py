@@ -236,8 +236,8 @@ class Form:
 
     @property
     def is_plain(self) -> bool:
-        """The metric is the identity."""
-        return all(group.scale is None and group.move is None and group.solve is None for group in self.groups)
+        """Both sides of an inner product have the same features."""
+        return all(group.solve is None for group in self.groups)
 
     def of(self, rows: Rows, dual: bool, places: int, partners: int) -> Features:
         """The features of rows."""
@@ -248,10 +248,12 @@ class Form:
         """About how many numbers a sample needs, at most: signals, rows that are multiplied out, and copies of them."""
         signals = sum(3 * seeds * math.prod(use.shape) for use in plan.uses)
         sizes = {name: shape.numel() for name, shape in layout.items()}
-        generic = {name for group in self.groups if group.move is not None or group.solve is not None for name in group.names}
+        generic = {name for group in self.groups if group.explicit for name in group.names}
         if not self.structured:
             generic |= set(layout)
         many = {name for use in plan.uses if math.prod(use.shape[:-1]) > 1 for name in use.names}
+        if seeds <= _FEW:
+            many |= {name for group in self.groups if group.weighted for name in group.names}
         explicit = sum(size for name, size in sizes.items() if name in generic or name in plan.others)
         once = sum(size for name, size in sizes.items() if name in many and name not in generic)
         return signals + seeds * (4 * explicit + 2 * once)
@@ -280,6 +282,9 @@ def chunks(data: Data, theta: Blocks, form: Form, start: int = 0, partners: int 
 
 
 _MOST = 512
+
+_FEW = 4
+"""With fewer outputs, layers with a weighted metric are multiplied out."""
 
 
 def _width(theta: Blocks) -> int:
