@@ -134,6 +134,11 @@ class Data:
             self._trials[form] = trial(self.evaluate, theta, take(inputs, slice(0, 1)))
         return self._trials[form]
 
+    def shape_of_sample(self, theta: Blocks, inputs: Any) -> torch.Size:
+        """(..., c)."""
+        with torch.no_grad():
+            return self.evaluate(theta, take(inputs, slice(0, 1))).shape[1:]
+
     def coverage(self, theta: Blocks) -> dict[str, str]:
         """For each block the rules that cover it, or the functions that prevent it."""
         self.renew()

@@ -20,7 +20,10 @@ from geoad.operators.solve import check_diagonal, working
 from geoad.params import Blocks, Layout
 from geoad.tensors import Covector, Metric, Vector
 
-__all__ = ["groups_of", "sharp_of"]
+__all__ = ["Sharp", "groups_of", "sharp_of"]
+
+Sharp = Callable[[Blocks], Blocks]
+"""ω ↦ G⁻¹ω on blocks of the reference chart."""
 
 
 def groups_of(metric: FormField, p: Point, reference: Chart) -> list[Group]:
@@ -63,7 +66,7 @@ def _solve(op: LinearOperator, positive: bool) -> Callable[[Blocks], Blocks]:
     return solve
 
 
-def sharp_of(metric: FormField, p: Point, reference: Chart) -> Callable[[Blocks], Blocks]:
+def sharp_of(metric: FormField, p: Point, reference: Chart) -> Sharp:
     """ω ↦ G⁻¹ω on blocks of the reference chart, which may have batch axes."""
     local = metric.local(p)
     positive = issubclass(local.value_class, Metric)

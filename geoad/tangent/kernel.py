@@ -19,9 +19,10 @@ from geoad.metrics import Euclidean
 from geoad.params import detach
 from geoad.tangent.data import Data, space_of
 from geoad.tangent.dense import Request, kernel_matrix, norms, row_blocks
-from geoad.tangent.inverse import groups_of
+from geoad.tangent.inverse import groups_of, sharp_of
 from geoad.tangent.operator import KernelOperator
 from geoad.tangent.shared import shared_rows
+from geoad.tangent.tracked import is_tracked, tracked_matrix, tracked_norms
 from geoad.tensors import Cometric, GeoTensor
 from geoad.tensors.base import Axis
 
@@ -156,6 +157,8 @@ class TangentKernel:
     def squared_norms(self, p: Point) -> Tensor:
         """|df_c(x_n)|² in the metric, (n, ..., c): the diagonal of K, whose sum is its trace, without K."""
         p = self._require(p)
+        if self._tracked(p):
+            return tracked_norms(self.left, sharp_of(self.metric, p, self.geo.reference), p.to(self.geo.reference).blocks)
         f = self.left.values(self._theta(p))
         with torch.no_grad():
             return norms(self._request(p), self._theta(p)).reshape(f.shape)
@@ -167,7 +170,14 @@ class TangentKernel:
         (`geoad.distributed.shard`) these are the rows of the samples of this process, in one block, against the samples of
         all; places are in the order of the processes.
         """
-        request = self._request(self._require(p, shared=True))
+        p = self._require(p, shared=True)
+        if self._tracked(p):
+            raise GeometryError(
+                "the rows of a tangent kernel, block by block, were asked for inside of a derivative, which would be zero in "
+                "silence. The whole kernel is differentiable, field(p), and so are its products, representation='implicit'; or "
+                "detach the point: chart.point({name: block.detach() ...})."
+            )
+        request = self._request(p)
         f = self.left.values(self._theta(p))
         if self.right.batches.exchange is not None:
             place, block = shared_rows(request, self._theta(p))
@@ -215,7 +225,13 @@ class TangentKernel:
         groups = groups_of(self.metric, p, self.geo.reference)
         return Request(self.left, self.right, groups, self.contract, self.max_memory, self.progress)
 
+    def _tracked(self, p: Point) -> bool:
+        return is_tracked(p.to(self.geo.reference).blocks, self.left, self.right)
+
     def _matrix(self, p: Point) -> tuple[Tensor, Tensor, Tensor]:
+        if self._tracked(p):
+            sharp, here = sharp_of(self.metric, p, self.geo.reference), p.to(self.geo.reference).blocks
+            return tracked_matrix(self.left, self.right, sharp, here, self.contract)
         theta = self._theta(p)
         with torch.no_grad():
             matrix, f, g = kernel_matrix(self._request(p), theta)
