@@ -110,6 +110,10 @@ class Features:
         """How many numbers are held."""
         return sum(term.numbers for term in self.terms)
 
+    def part(self, samples: slice) -> Features:
+        """Those of some samples."""
+        return Features([term.part(samples) for term in self.terms], len(range(*samples.indices(self.samples))), self.seeds)
+
 
 def features(
     rows: Rows,
@@ -337,14 +341,21 @@ def squared_norms(a: Features, b: Features) -> Tensor:
     """The inner products of each row with itself, (n, K)."""
     total: Tensor | None = None
     for x, y in (agreed(*pair) for pair in _matched(a, b)):
-        if isinstance(x, (Positions, Weighted)):
-            x, y = x.explicit(), y.explicit()
-        found = (x.left * y.left).sum(-1)
-        if isinstance(x, Outer) and isinstance(y, Outer):
-            found *= (x.right * y.right).sum(-1, keepdim=True)
+        found = _own_products(x, y)
         total = found if total is None else total + found
     assert total is not None
     return total
+
+
+def _own_products(x: Term, y: Term) -> Tensor:
+    if isinstance(x, Positions) and isinstance(y, Positions):
+        return x.squared_norms(y)
+    if isinstance(x, Weighted) or isinstance(y, Weighted):
+        x, y = x.explicit(), y.explicit()
+    found = (x.left * y.left).sum(-1)
+    if isinstance(x, Outer) and isinstance(y, Outer):
+        found *= (x.right * y.right).sum(-1, keepdim=True)
+    return found
 
 
 def mirror(total: Tensor, step: int = 128) -> None:

@@ -180,6 +180,11 @@ class Positions(Term):
             table.scatter_add_(2, place[:, None, :, None].expand(n, k, t, o), back)
         return Explicit(self.names, table.flatten(2))
 
+    def squared_norms(self, other: Positions) -> Tensor:
+        """The inner products with the rows of the same samples of another term, (n, K)."""
+        mixed = _own_similarity(self, other).unsqueeze(1) @ other.left
+        return (self.left * mixed).sum((-2, -1))
+
     def prefers_explicit(self, partners: int) -> bool:
         """Multiplying out costs less than pairs of positions do, against this many other samples."""
         _, k, t, o = self.left.shape
@@ -212,9 +217,6 @@ def add_products(total: Tensor, a: Term, b: Term, fresh: bool) -> None:
 
     The last two axes of `total`, and the first two, are as good as one.
     """
-    if isinstance(a, Positions) and isinstance(b, Positions) and a.count and _few_tokens(a, b):
-        kept = _common(a, b)
-        a, b = a.of_tokens(kept), b.of_tokens(kept)
     if isinstance(a, Explicit) and isinstance(b, Explicit):
         _multiply(_flat(total), a.left.flatten(0, 1), b.left.flatten(0, 1), fresh)
     elif isinstance(a, Outer) and isinstance(b, Outer):
@@ -228,12 +230,13 @@ def add_products(total: Tensor, a: Term, b: Term, fresh: bool) -> None:
     elif isinstance(a, Positions) and isinstance(b, Positions):
         if fresh:
             total.zero_()
-        _add_pairs(total, a, b)
+        add = _add_tokens if a.count and _few_tokens(a, b) else _add_pairs
+        add(total, a, b)
     elif isinstance(a, Weighted) and isinstance(b, Weighted):
         if fresh:
             total.zero_()
-        add = _add_weighted_sums if a.left.shape[1] == 1 else _add_weighted
-        add(total, a, b)
+        add_weighted = _add_weighted_sums if a.left.shape[1] == 1 else _add_weighted
+        add_weighted(total, a, b)
     else:
         raise TypeError(f"inner products of {type(a).__name__} and {type(b).__name__}")
 
@@ -270,17 +273,21 @@ def _multiply(target: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
 
 
 def _few_tokens(a: Positions, b: Positions) -> bool:
-    """Rows of the tokens that both have cost less than pairs of positions."""
+    """Rows of the tokens of the one side cost less than pairs of positions do; how many differ is not looked at."""
     _, k, s, o = a.left.shape
     t = b.left.shape[2]
-    return k * k * o * len(_common(a, b)) <= _SLOWER * (s * t * k * o + min(s, t) * k * k * o)
+    return k * k * o * min(a.count, a.right.numel()) <= _SLOWER * (s * t * k * o + min(s, t) * k * k * o)
 
 
-def _common(a: Positions, b: Positions) -> Tensor:
-    """The tokens that occur in both, sorted."""
-    mine, theirs = torch.unique(a.right), torch.unique(b.right)
-    kept = mine[torch.isin(mine, theirs)]
-    return kept[kept >= 0]
+def _add_tokens(total: Tensor, a: Positions, b: Positions) -> None:
+    """By rows of the tokens that `a` has; what is there twice stays empty."""
+    few = a.right.numel() < a.count
+    kept = a.right.flatten().sort().values if few else torch.arange(a.count, device=a.right.device)
+    left = a.of_tokens(kept).left.flatten(0, 1)
+    for columns in _portions(len(b.left), b.left.shape[1] * left.shape[1], b.left):
+        right = b.part(columns).of_tokens(kept).left
+        found = left @ right.flatten(0, 1).mT
+        total[:, :, columns] += found.view(*a.left.shape[:2], *right.shape[:2])
 
 
 def _similarity(a: Positions, b: Positions) -> Tensor:
@@ -291,6 +298,14 @@ def _similarity(a: Positions, b: Positions) -> Tensor:
     n, m = len(a.right), len(b.right)
     products = a.right.flatten(0, 1) @ b.right.flatten(0, 1).mT
     return products.reshape(n, a.right.shape[1], m, b.right.shape[1]).permute(2, 0, 1, 3)
+
+
+def _own_similarity(a: Positions, b: Positions) -> Tensor:
+    """(n, t, s): inner products of the inputs of the same samples."""
+    if not a.count:
+        return a.right @ b.right.mT
+    equal = (a.right.unsqueeze(2) == b.right.unsqueeze(1)) & (a.right >= 0).unsqueeze(2)
+    return equal.to(a.left.dtype)
 
 
 def _add_pairs(total: Tensor, a: Positions, b: Positions) -> None:

@@ -21,6 +21,8 @@ from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.kernel_gram import Features, Group, features
 from geoad.kernels.layered import Linearized, Plan, Rows, linearize, trial
+from geoad.kernels.layers import layers_of
+from geoad.kernels.uses import EmbeddingUse
 from geoad.params import Blocks, Layout, equal
 
 if TYPE_CHECKING:
@@ -254,13 +256,13 @@ class Form:
         signals = sum(3 * seeds * math.prod(use.shape) for use in plan.uses)
         sizes = {name: shape.numel() for name, shape in layout.items()}
         generic = {name for group in self.groups if group.explicit for name in group.names}
-        if not self.structured:
-            generic |= set(layout)
-        many = {name for use in plan.uses if math.prod(use.shape[:-1]) > 1 for name in use.names}
+        generic |= set(layers_of(plan, layout)[1] if self.structured else layout)
+        spread = (use for use in plan.uses if math.prod(use.shape[:-1]) > 1 and not isinstance(use, EmbeddingUse))
+        many = {name for use in spread for name in use.names}
         if seeds <= _FEW:
             many |= {name for group in self.groups if group.weighted for name in group.names}
-        explicit = sum(size for name, size in sizes.items() if name in generic or name in plan.others)
-        once = sum(size for name, size in sizes.items() if name in many and name not in generic)
+        explicit = sum(sizes[name] for name in generic)
+        once = sum(sizes[name] for name in many - generic)
         return signals + seeds * (4 * explicit + 2 * once)
 
 

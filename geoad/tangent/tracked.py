@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched, sample_jacobian
@@ -32,7 +33,9 @@ def _tensors(theta: Blocks, sides: tuple[Data, ...]) -> Iterator[Tensor]:
 
 
 def _watched(tensor: Tensor) -> bool:
-    return is_wrapped({"": tensor}) or (tensor.requires_grad and torch.is_grad_enabled())
+    if is_wrapped({"": tensor}) or forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def tracked_matrix(left: Data, right: Data, sharp: Sharp, theta: Blocks, contract: str) -> tuple[Tensor, Tensor, Tensor]:
