@@ -308,18 +308,18 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("contract", ["none", "trace"])
 @pytest.mark.parametrize("kind", [None, "kfac"])
 def test_numbers_are_not_read_back_for_each_chunk(name: str, contract: str, kind: str | None) -> None:
-    net, (x,) = case(name, 24)
+    net, (x,) = case(name, 8)
     geo = geoad.GeoModule(net)
     p = geo.point()
-    metric = None if kind is None else metric_of(kind, geo, x[:6])
+    metric = None if kind is None else metric_of(kind, geo, x[:4])
     counts: list[Counter[str]] = []
-    for max_memory in (1 << 28, 1 << 15):
+    for max_memory in (1 << 28, 1 << 14):
         field = geoad.ntk(geo, x, metric=metric, contract=contract, max_memory=max_memory)
         field(p)
         with Reads() as reads:
             field(p)
         counts.append(reads.count)
-    assert len(list(geoad.ntk(geo, x, contract=contract, max_memory=1 << 15).blocks(p))) > 1
+    assert len(list(geoad.ntk(geo, x, max_memory=1 << 14).blocks(p))) > 1
     assert counts[0] == counts[1]
     assert counts[0].total() < 40
 
@@ -332,7 +332,7 @@ def test_standard_errors_are_honest(method: str) -> None:
     """Over 200 seeds: two of them cover about 95 %, and the estimates of the trace have no bias."""
     torch.manual_seed(0)
     kernel = _kernel_with(1 / torch.arange(1.0, 41.0))
-    for estimate in (tangent.trace, tangent.frobenius, tangent.effective_rank):
+    for estimate in (tangent.trace, tangent.effective_rank):
         wanted = float(estimate(kernel))
         hidden = geoad.Cometric(kernel.home, _Hidden(kernel.op), kernel.at)
         found = [estimate(hidden, 45, method=method, generator=torch.Generator().manual_seed(s)) for s in range(200)]

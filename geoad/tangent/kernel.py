@@ -51,7 +51,7 @@ def ntk(
         x1: n inputs: a tensor, (inputs, targets), a mapping, a list of batches or a ``DataLoader``. Targets are left aside.
         x2: m other inputs, or None for those of `x1`.
         metric: G, a metric field on the network's manifold; semidefinite ones need damping. Default: the reference metric,
-            which is the identity in the network's own parameters and moves along.
+            which is the identity in the network's own parameters and moves along. (Any symmetric form with an inverse will do.)
         outputs: some of the outputs instead of all: an index, several, ``curvature.Difference(i, j)``, or a function of them.
         contract: "none"; "trace", the sum :math:`\sum_c K_{nc,mc}`; or "diagonal", the kernel of each output by itself. The
             last two cost as much less as there are fewer numbers.
@@ -73,10 +73,12 @@ def ntk(
 
     Layers are contracted as outer products of what goes in and what comes back (structured derivatives, Novak,
     Sohl-Dickstein & Schoenholz 2022); J is never formed for layers at one position. What the tap does not cover is multiplied
-    out, exactly; `TangentKernel.coverage` says what that is.
+    out, exactly; `TangentKernel.coverage` says what that is. The value is differentiable in the point and in the data: inside of
+    a derivative all rows are multiplied out, n · c · d numbers.
 
     Raises:
-        GeometryError: outputs that are not finite, or depend on the batch; a result larger than the memory of the machine.
+        GeometryError: outputs or a kernel that are not finite, or depend on the batch; data that come in another order in
+            every pass; a result larger than the memory of the machine.
         SingularMetricError: G has no inverse.
 
     >>> import torch, geoad
