@@ -73,7 +73,7 @@ def ntk(
 
     Layers are contracted as outer products of what goes in and what comes back (structured derivatives, Novak,
     Sohl-Dickstein & Schoenholz 2022); J is never formed for layers at one position. What the tap does not cover is multiplied
-    out, exactly; `TangentKernel.coverage` says what that is. The value is differentiable in the point and in the data: inside of
+    out, exactly; `TangentKernel.coverage` says what that is. The value is differentiable in the point and the data: inside of
     a derivative all rows are multiplied out, n · c · d numbers.
 
     Raises:
