@@ -40,7 +40,7 @@ def gram(chunks: Sequence[Rows], groups: Sequence[Group], room: int = 1 << 30, p
 def numbers_beside(groups: Sequence[Group], rows: Rows) -> int:
     """About how many numbers `gram` makes of the rows of a sample: they are multiplied out where a metric has no structure."""
     sizes = dict(zip(rows.layout.names, rows.layout.sizes, strict=True))
-    general = (name for group in groups if group.move is not None or group.solve is not None for name in group.names)
+    general = (name for group in groups if group.explicit for name in group.names)
     return 3 * rows.seeds * sum(sizes[name] for name in general)
 
 
@@ -57,7 +57,7 @@ class _Gram:
 
     def __init__(self, chunks: Sequence[Rows], groups: Sequence[Group], room: int, structured: bool) -> None:
         self.chunks, self.groups, self.room, self.structured = chunks, groups, room, structured
-        self.trivial = all(group.scale is None and group.move is None and group.solve is None for group in groups)
+        self.trivial = all(group.solve is None for group in groups)
         self.partners = sum(rows.samples for rows in chunks)
         self.kept: dict[tuple[int, bool], Features] = {}
 

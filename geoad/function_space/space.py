@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from geoad.charts import Chart, Point, same_manifold
 from geoad.curvature.likelihoods import Likelihood, likelihood_of
@@ -70,7 +69,6 @@ class FunctionSpace:
                 f"a function space belongs to a network, found {type(geo).__name__}. Pass the geoad.GeoModule; bare networks "
                 "have no chart."
             )
-        _require_order(data)
         self.geo, self.max_memory = geo, bytes_of(max_memory)
         self._select = outputs
         self.data = Data(geo, data, None if outputs is None else selecting(outputs))
@@ -95,9 +93,7 @@ class FunctionSpace:
             with torch.no_grad():
                 f = self.evaluate(self.geo.point().to(self.geo.reference).blocks, inputs)
             require_length(f, size)
-            self._chart = space_of(
-                self.geo, self.data.source, (_named(self._select), "none"), (self.batches.total, *f.shape[1:])
-            )
+            self._chart = space_of(self.geo, self.data.source, (self.data.meaning, "none"), (self.batches.total, *f.shape[1:]))
             self._chart.about = f"the outputs of a {type(self.geo.wrapped).__name__} over {self.batches.total} samples"
         return self._chart
 
@@ -187,21 +183,3 @@ def at_home(evaluate: Outputs, p: Point, reference: Chart) -> tuple[Point, Outpu
         return p.to(reference), evaluate
     way = Transition(home, reference)
     return p.to(home), lambda x, inputs: evaluate(way(x), inputs)
-
-
-def _named(outputs: Any) -> Any:
-    """What tells selections apart."""
-    if isinstance(outputs, Tensor):
-        return tuple(outputs.tolist())
-    return tuple(outputs) if isinstance(outputs, (list, range)) else outputs
-
-
-def _require_order(data: Any) -> None:
-    """Refuse loaders that are known to shuffle."""
-    batches: Any = getattr(data, "batch_sampler", None)
-    for sampler in (getattr(data, "sampler", None), getattr(batches, "sampler", None)):
-        if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
-            raise GeometryError(
-                f"the data are a loader with a {type(sampler).__name__}, which yields the samples in another order in every "
-                "pass, so the outputs over them have no fixed axes. Pass DataLoader(dataset, batch_size=..., shuffle=False)."
-            )

@@ -7,10 +7,12 @@ term           rows                                      inner products
 =============  ========================================  ==================================================================
 `Outer`        l ⊗ a                                     (l lᵀ)[nK, mK'] · (a aᵀ)[n, m]
 `Positions`    Σ_t l_t ⊗ a_t                             Σ_ts (l_t l_sᵀ)[nK, mK'] (a_t a_sᵀ)[n, m]
+`Weighted`     w ∘ (l ⊗ a)                               Σ_o (l_o l_oᵀ)[nK, mK'] (a w_o² aᵀ)[n, m]
 `Explicit`     r                                         (r rᵀ)[nK, mK']
 =============  ========================================  ==================================================================
 
-(structured derivatives; Novak, Sohl-Dickstein & Schoenholz 2022). The tokens of an embedding are positions with one-hot inputs.
+(structured derivatives; Novak, Sohl-Dickstein & Schoenholz 2022). The tokens of an embedding are positions with one-hot inputs;
+weights are what a metric that is diagonal in some bases of inputs and outputs brings in.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Explicit", "Outer", "Positions", "Term", "add_equal_products", "add_products", "agreed"]
+__all__ = ["Explicit", "Outer", "Positions", "Term", "Weighted", "add_equal_products", "add_products", "agreed"]
 
 _ROOM = 1 << 25
 """Bytes of intermediate products that are worth having at once."""
@@ -111,6 +113,36 @@ class Outer(Term):
 
 
 @dataclass(frozen=True)
+class Weighted(Term):
+    """Σ_s weights (o, i) ∘ (left (n, K, s, o) ⊗ right (n, i)); with s > 1 the inner products are summed over equal s."""
+
+    right: Tensor
+    weights: Tensor
+
+    @property
+    def numbers(self) -> int:
+        return self.left.numel() + self.right.numel()
+
+    def part(self, samples: slice) -> Weighted:
+        return replace(self, left=self.left[samples], right=self.right[samples])
+
+    def split(self, places: int) -> Weighted:
+        return replace(super().split(places), right=self.right.repeat_interleave(places, 0))
+
+    def merged(self) -> Weighted:
+        return replace(self, left=self.left.flatten(1, 2).unsqueeze(1))
+
+    def explicit(self) -> Explicit:
+        rows = (self.left.unsqueeze(-1) * self.right[:, None, None, None, :]).mul_(self.weights)
+        return Explicit(self.names, rows.flatten(2))
+
+    def prefers_explicit(self) -> bool:
+        """Multiplying out costs less than a matrix of inner products for each output does."""
+        k, s, inside = self.left.shape[1], self.left.shape[2], self.right.shape[-1]
+        return k * k * s * inside <= inside + _SLOWER * (k + s) + k * k * s
+
+
+@dataclass(frozen=True)
 class Positions(Term):
     """Σ_t left (n, K, t, o) ⊗ right (n, t, i), or tokens right (n, t) out of `count`, negative where there is no gradient."""
 
@@ -148,6 +180,11 @@ class Positions(Term):
             table.scatter_add_(2, place[:, None, :, None].expand(n, k, t, o), back)
         return Explicit(self.names, table.flatten(2))
 
+    def squared_norms(self, other: Positions) -> Tensor:
+        """The inner products with the rows of the same samples of another term, (n, K)."""
+        mixed = _own_similarity(self, other).unsqueeze(1) @ other.left
+        return (self.left * mixed).sum((-2, -1))
+
     def prefers_explicit(self, partners: int) -> bool:
         """Multiplying out costs less than pairs of positions do, against this many other samples."""
         _, k, t, o = self.left.shape
@@ -180,9 +217,6 @@ def add_products(total: Tensor, a: Term, b: Term, fresh: bool) -> None:
 
     The last two axes of `total`, and the first two, are as good as one.
     """
-    if isinstance(a, Positions) and isinstance(b, Positions) and a.count and _few_tokens(a, b):
-        kept = _common(a, b)
-        a, b = a.of_tokens(kept), b.of_tokens(kept)
     if isinstance(a, Explicit) and isinstance(b, Explicit):
         _multiply(_flat(total), a.left.flatten(0, 1), b.left.flatten(0, 1), fresh)
     elif isinstance(a, Outer) and isinstance(b, Outer):
@@ -196,13 +230,22 @@ def add_products(total: Tensor, a: Term, b: Term, fresh: bool) -> None:
     elif isinstance(a, Positions) and isinstance(b, Positions):
         if fresh:
             total.zero_()
-        _add_pairs(total, a, b)
+        add = _add_tokens if a.count and _few_tokens(a, b) else _add_pairs
+        add(total, a, b)
+    elif isinstance(a, Weighted) and isinstance(b, Weighted):
+        if fresh:
+            total.zero_()
+        add_weighted = _add_weighted_sums if a.left.shape[1] == 1 else _add_weighted
+        add_weighted(total, a, b)
     else:
         raise TypeError(f"inner products of {type(a).__name__} and {type(b).__name__}")
 
 
 def add_equal_products(total: Tensor, a: Term, b: Term, fresh: bool) -> None:
     """The same for equal seeds alone, (K, n, m)."""
+    if isinstance(a, Weighted) and isinstance(b, Weighted):
+        _add_weighted_equal(total.zero_() if fresh else total, a, b)
+        return
     if isinstance(a, Positions) or isinstance(b, Positions):
         for k, part in enumerate(total):
             add_products(part[:, None, :, None], a.seed(k), b.seed(k), fresh)
@@ -230,17 +273,21 @@ def _multiply(target: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
 
 
 def _few_tokens(a: Positions, b: Positions) -> bool:
-    """Rows of the tokens that both have cost less than pairs of positions."""
+    """Rows of the tokens of the one side cost less than pairs of positions do; how many differ is not looked at."""
     _, k, s, o = a.left.shape
     t = b.left.shape[2]
-    return k * k * o * len(_common(a, b)) <= _SLOWER * (s * t * k * o + min(s, t) * k * k * o)
+    return k * k * o * min(a.count, a.right.numel()) <= _SLOWER * (s * t * k * o + min(s, t) * k * k * o)
 
 
-def _common(a: Positions, b: Positions) -> Tensor:
-    """The tokens that occur in both, sorted."""
-    mine, theirs = torch.unique(a.right), torch.unique(b.right)
-    kept = mine[torch.isin(mine, theirs)]
-    return kept[kept >= 0]
+def _add_tokens(total: Tensor, a: Positions, b: Positions) -> None:
+    """By rows of the tokens that `a` has; what is there twice stays empty."""
+    few = a.right.numel() < a.count
+    kept = a.right.flatten().sort().values if few else torch.arange(a.count, device=a.right.device)
+    left = a.of_tokens(kept).left.flatten(0, 1)
+    for columns in _portions(len(b.left), b.left.shape[1] * left.shape[1], b.left):
+        right = b.part(columns).of_tokens(kept).left
+        found = left @ right.flatten(0, 1).mT
+        total[:, :, columns] += found.view(*a.left.shape[:2], *right.shape[:2])
 
 
 def _similarity(a: Positions, b: Positions) -> Tensor:
@@ -251,6 +298,14 @@ def _similarity(a: Positions, b: Positions) -> Tensor:
     n, m = len(a.right), len(b.right)
     products = a.right.flatten(0, 1) @ b.right.flatten(0, 1).mT
     return products.reshape(n, a.right.shape[1], m, b.right.shape[1]).permute(2, 0, 1, 3)
+
+
+def _own_similarity(a: Positions, b: Positions) -> Tensor:
+    """(n, t, s): inner products of the inputs of the same samples."""
+    if not a.count:
+        return a.right @ b.right.mT
+    equal = (a.right.unsqueeze(2) == b.right.unsqueeze(1)) & (a.right >= 0).unsqueeze(2)
+    return equal.to(a.left.dtype)
 
 
 def _add_pairs(total: Tensor, a: Positions, b: Positions) -> None:
@@ -269,6 +324,45 @@ def _add_pairs(total: Tensor, a: Positions, b: Positions) -> None:
             mixed = mixed.permute(1, 2, 3, 0, 4).reshape(count, t * o, held * other)
             found = torch.bmm(left.left.reshape(count, k, t * o), mixed)
             total[rows, :, columns] += found.reshape(count, k, held, other)
+
+
+def _similarities(a: Weighted, b: Weighted) -> Tensor:
+    """(n, o, m): inner products of the inputs, for each output with its weights."""
+    bent = a.right.unsqueeze(1) * a.weights.square()
+    return (bent.flatten(0, 1) @ b.right.mT).view(*bent.shape[:2], len(b.right))
+
+
+def _add_weighted(total: Tensor, a: Weighted, b: Weighted) -> None:
+    """Σ_o l_no (S_o[n, m] l_mo): a product of matrices for each sample."""
+    n, _, _, o = a.left.shape
+    m, other, inside = len(b.left), b.left.shape[1], a.right.shape[-1]
+    right = b.left[:, :, 0].permute(2, 0, 1).contiguous()  # (o, m, K')
+    for rows in _portions(n, o * (inside + m + m * other), a.left):
+        left = a.part(rows)
+        mixed = _similarities(left, b).unsqueeze(-1) * right
+        found = torch.bmm(left.left[:, :, 0], mixed.flatten(2))
+        total[rows] += found.view(*found.shape[:2], m, other)
+
+
+def _add_weighted_sums(total: Tensor, a: Weighted, b: Weighted) -> None:
+    """Σ_o S_o[n, m] (l_o l_oᵀ)[n, m], the seeds summed already."""
+    o, inside = a.left.shape[-1], a.right.shape[-1]
+    right = b.left[:, 0].permute(2, 1, 0)  # (o, s, m)
+    for rows in _portions(len(a.left), o * (inside + 2 * len(b.left)), a.left):
+        left = a.part(rows)
+        found = torch.bmm(left.left[:, 0].permute(2, 0, 1), right)
+        total[rows, 0, :, 0] += found.mul_(_similarities(left, b).transpose(0, 1)).sum(0)
+
+
+def _add_weighted_equal(total: Tensor, a: Weighted, b: Weighted) -> None:
+    """The same for each of the seeds by itself, (K, n, m)."""
+    o, inside = a.left.shape[-1], a.right.shape[-1]
+    for rows in _portions(len(a.left), o * (inside + 2 * len(b.left)), a.left):
+        left = a.part(rows)
+        similarity = _similarities(left, b)
+        for k, part in enumerate(total):
+            mixed = similarity * b.left[:, k, 0].mT
+            part[rows] += torch.bmm(left.left[:, k], mixed).squeeze(1)
 
 
 def _portions(count: int, numbers: int, like: Tensor) -> Iterator[slice]:

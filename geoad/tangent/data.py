@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.weak import WeakIdKeyDictionary
 
 from geoad.charts import Chart
-from geoad.data import Batches, take
+from geoad.curvature.selection import Difference, Subset
+from geoad.data import Batches, batch_size, take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.kernel_gram import Features, Group, features
 from geoad.kernels.layered import Linearized, Plan, Rows, linearize, trial
-from geoad.params import Blocks, Layout
+from geoad.kernels.layers import layers_of
+from geoad.kernels.uses import EmbeddingUse
+from geoad.params import Blocks, Layout, equal
 
 if TYPE_CHECKING:
     from geoad.module import GeoModule
@@ -40,12 +44,37 @@ class Data:
     """
 
     def __init__(self, geo: GeoModule, data: Any, select: Select | None, *, shared: bool = False) -> None:
+        _require_order(data)
         self.geo, self.source, self.select = geo, data, select
         self.batches = data if shared and isinstance(data, Batches) else Batches(data)
         self._trials: dict[Any, Linearized] = {}
+        self._width: int | None = None
+        self._seen: tuple[Blocks, Tensor] | None = None
+        self._by_sample = select is None or isinstance(select, (Subset, Difference))
+
+    @property
+    def meaning(self) -> Any:
+        """What tells selections apart, as soon as the outputs have been seen: however one is written, it means the same."""
+        return _meaning(self.select, self._width)
 
     def evaluate(self, theta: Blocks, inputs: Any) -> Tensor:
         """The outputs (n, ..., c) of a batch."""
+        return self._selected(self._all(theta, inputs))
+
+    def _selected(self, outputs: Tensor) -> Tensor:
+        if self.select is None:
+            return outputs
+        selected: Any = self.select(outputs)
+        if not isinstance(selected, Tensor) or selected.shape[:1] != outputs.shape[:1] or not selected.is_floating_point():
+            found = f"{selected.dtype} of shape {tuple(selected.shape)}" if isinstance(selected, Tensor) else type(selected)
+            raise GeometryError(
+                f"outputs= turned outputs of shape {tuple(outputs.shape)} into {found}. It must give real numbers with the "
+                "samples along the first axis, (n, ..., c); sum over other axes only, e.g. outputs=lambda f: f.sum(-1)."
+            )
+        return selected
+
+    def _all(self, theta: Blocks, inputs: Any) -> Tensor:
+        """What the network returns for a batch."""
         outputs: Any = self.geo.evaluate(theta, inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or not outputs.is_floating_point():
             found = type(outputs).__name__
@@ -54,7 +83,8 @@ class Data:
                 f"a tangent kernel needs the outputs as one real tensor (n, ..., c), the network returned {found}. Say which "
                 "part is meant: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
             )
-        return outputs if self.select is None else self.select(outputs)
+        self._width = outputs.shape[-1] if outputs.ndim > 1 else None
+        return outputs
 
     def values(self, theta: Blocks) -> Tensor:
         """f(θ), detached; outputs that are not finite are refused."""
@@ -74,7 +104,25 @@ class Data:
                 f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not "
                 f"finite ({cause}). A tangent kernel there would be nan throughout; mend the data or go back to a finite point."
             )
+        self._require_same(theta, outputs)
         return outputs
+
+    def _require_same(self, theta: Blocks, outputs: Tensor) -> None:
+        """Refuse data that are others in every pass: rows, columns and targets would belong to different samples."""
+        if self.batches.lasting or self.batches.exchange is not None:
+            return
+        before, self._seen = self._seen, (theta, outputs)
+        if before is None or not equal(before[0], theta):
+            return
+        slack = torch.finfo(outputs.dtype).eps ** 0.5
+        if before[1].shape != outputs.shape or not torch.allclose(
+            before[1], outputs, slack, slack * float(outputs.abs().max())
+        ):
+            raise GeometryError(
+                "two passes over the data gave the network's outputs at the same point in another order, or other outputs: the "
+                "loader shuffles, or changes samples at random. A kernel has fixed axes; pass a loader that yields the same "
+                "samples in the same order every time, or list(loader)."
+            )
 
     def renew(self) -> None:
         """Forget the structure: the network may have been changed."""
@@ -84,13 +132,33 @@ class Data:
         """The first sample that had inputs of this form, with the structure of the network."""
         form = tuple((each.shape[1:], each.dtype) for each in batched(inputs))
         if form not in self._trials:
+            self._require_own_samples(theta, inputs)
             self._trials[form] = trial(self.evaluate, theta, take(inputs, slice(0, 1)))
         return self._trials[form]
+
+    def shape_of_sample(self, theta: Blocks, inputs: Any) -> torch.Size:
+        """(..., c)."""
+        with torch.no_grad():
+            return self.evaluate(theta, take(inputs, slice(0, 1))).shape[1:]
 
     def coverage(self, theta: Blocks) -> dict[str, str]:
         """For each block the rules that cover it, or the functions that prevent it."""
         self.renew()
         return self.trial(theta, next(inputs for _, inputs, _ in self.batches.sized())).plan.coverage()
+
+    def _require_own_samples(self, theta: Blocks, inputs: Any) -> None:
+        """Refuse a function of the outputs that mixes samples (the network itself is looked at when it is first evaluated)."""
+        if self._by_sample or batch_size(inputs) < 2:
+            return
+        with torch.no_grad():
+            outputs = self._all(theta, take(inputs, slice(0, 2)))
+            together, alone = self._selected(outputs)[:1], self._selected(outputs[:1])
+        if not torch.allclose(together, alone, 1e-3, 1e-3 * float(alone.abs().max()), equal_nan=True):
+            raise GeometryError(
+                "the function outputs= gives other numbers for a sample alone than beside another one, so no sample has a "
+                "Jacobian of its own. Let it act on each row of the outputs (n, ..., c), e.g. lambda f: f - f.mean(-1, True)."
+            )
+        self._by_sample = True
 
     def require_separate_samples(self) -> None:
         """Refuse networks in which the samples of a batch depend on each other."""
@@ -111,6 +179,30 @@ def _require_one_shape(shapes: set[torch.Size]) -> None:
             f"the outputs of different batches have the shapes {sorted(tuple(s) for s in shapes)} behind the sample axis, so "
             "they form no space. Pad the inputs to one length, or take one kernel for each length."
         )
+
+
+def _meaning(select: Select | None, width: int | None) -> Any:
+    if isinstance(select, (Subset, Difference)) and select.axis == -1 and width is not None:
+        if isinstance(select, Difference):
+            return Difference(select.i % width, select.j % width)
+        indices = tuple(i % width for i in select.indices)
+        return None if indices == tuple(range(width)) else Subset(indices)
+    try:
+        hash(select)
+    except TypeError:
+        return object()
+    return select
+
+
+def _require_order(data: Any) -> None:
+    """Refuse loaders that are known to shuffle."""
+    batches: Any = getattr(data, "batch_sampler", None)
+    for sampler in (getattr(data, "sampler", None), getattr(batches, "sampler", None)):
+        if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
+            raise GeometryError(
+                f"the data are a loader with a {type(sampler).__name__}, which yields the samples in another order in every "
+                "pass, so the outputs over them have no fixed axes. Pass DataLoader(dataset, batch_size=..., shuffle=False)."
+            )
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------------
@@ -151,8 +243,8 @@ class Form:
 
     @property
     def is_plain(self) -> bool:
-        """The metric is the identity."""
-        return all(group.scale is None and group.move is None and group.solve is None for group in self.groups)
+        """Both sides of an inner product have the same features."""
+        return all(group.solve is None for group in self.groups)
 
     def of(self, rows: Rows, dual: bool, places: int, partners: int) -> Features:
         """The features of rows."""
@@ -163,12 +255,14 @@ class Form:
         """About how many numbers a sample needs, at most: signals, rows that are multiplied out, and copies of them."""
         signals = sum(3 * seeds * math.prod(use.shape) for use in plan.uses)
         sizes = {name: shape.numel() for name, shape in layout.items()}
-        generic = {name for group in self.groups if group.move is not None or group.solve is not None for name in group.names}
-        if not self.structured:
-            generic |= set(layout)
-        many = {name for use in plan.uses if math.prod(use.shape[:-1]) > 1 for name in use.names}
-        explicit = sum(size for name, size in sizes.items() if name in generic or name in plan.others)
-        once = sum(size for name, size in sizes.items() if name in many and name not in generic)
+        generic = {name for group in self.groups if group.explicit for name in group.names}
+        generic |= set(layers_of(plan, layout)[1] if self.structured else layout)
+        spread = (use for use in plan.uses if math.prod(use.shape[:-1]) > 1 and not isinstance(use, EmbeddingUse))
+        many = {name for use in spread for name in use.names}
+        if seeds <= _FEW:
+            many |= {name for group in self.groups if group.weighted for name in group.names}
+        explicit = sum(sizes[name] for name in generic)
+        once = sum(sizes[name] for name in many - generic)
         return signals + seeds * (4 * explicit + 2 * once)
 
 
@@ -195,6 +289,9 @@ def chunks(data: Data, theta: Blocks, form: Form, start: int = 0, partners: int 
 
 
 _MOST = 512
+
+_FEW = 4
+"""With fewer outputs, layers with a weighted metric are multiplied out."""
 
 
 def _width(theta: Blocks) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geoad.curvature.sweep import progress_bar
+from geoad.errors import GeometryError
 from geoad.kernels.kernel_gram import DifferentStructure, Features, Group, gram, mirror, squared_norms
 from geoad.kernels.memory import require_memory
 from geoad.params import Blocks, first
@@ -78,25 +79,68 @@ def _matrix(request: Request, theta: Blocks, structured: bool) -> tuple[Tensor, 
     assert total is not None
     if request.symmetric:
         mirror(total if total.ndim == 3 else total.view(total.shape[0] * total.shape[1], -1))
+    require_finite(_telling(total, request.symmetric))
     shaped = total if total.ndim == 3 or request.contract == "none" else total[:, 0, :, 0]
     return shaped.to(first(theta).dtype), seen, columns.outputs()
 
 
+def _telling(total: Tensor, symmetric: bool) -> Tensor:
+    """Numbers that are finite if all of them are: rows of finite length have finite inner products."""
+    if not symmetric:
+        return total.flatten(1).sum(1, dtype=torch.promote_types(total.dtype, torch.float64))
+    square = total if total.ndim == 3 else total.view(total.shape[0] * total.shape[1], -1)
+    return square.diagonal(dim1=-2, dim2=-1)
+
+
+def require_finite(numbers: Tensor) -> None:
+    """Raise if some numbers that were made of a kernel are not finite."""
+    if not bool(numbers.isfinite().all()):
+        raise GeometryError(
+            "the tangent kernel holds numbers that are not finite, though the outputs are finite: a derivative of the network "
+            "is infinite or nan (a root at 0?), or products of derivatives are too large for the precision. Mend the data or "
+            "the network there, scale the inputs, or use float64."
+        )
+
+
 def row_blocks(request: Request, theta: Blocks) -> Iterator[tuple[slice, Tensor]]:
     """(samples, their rows of K), one block after another: no more is held than a block and what `max_memory` says."""
-    done = 0
+    done, telling = 0, list[Tensor]()
     with request.bar() as bar:
         for structured in (True, False):
             columns = _Columns(request, theta, structured)
             try:
                 for chunk in columns.of_rows(done):
-                    yield chunk.place, _rows(request, theta, columns, chunk)
-                    done = chunk.place.stop
-                    if bar is not None:
-                        bar.update(chunk.place.stop - chunk.place.start)
-                return
+                    for part in _parts(request, theta, chunk, columns.kept is None):
+                        block = _rows(request, theta, columns, part)
+                        telling.append(_telling(block, False).sum())
+                        yield part.place, block
+                        done = part.place.stop
+                        if bar is not None:
+                            bar.update(part.place.stop - part.place.start)
+                break
             except DifferentStructure:
                 continue
+    require_finite(torch.stack(telling))
+
+
+_PASSES = 4
+"""How many times more often columns are made, at most, for smaller blocks."""
+
+
+def _parts(request: Request, theta: Blocks, chunk: Chunk, made_anew: bool) -> Iterator[Chunk]:
+    """Fewer samples: as many as have rows that fit into the memory, but not many more passes over the columns."""
+    each, count = _per_sample(chunk, chunk.plain), chunk.place.stop - chunk.place.start
+    seeds = chunk.plain.seeds * (1 if request.contract == "diagonal" else chunk.plain.seeds)
+    width = each * seeds * request.right.batches.total * each * max(4, first(theta).element_size())
+    step = max(1, request.max_memory // (2 * max(1, width)), -(-count // _PASSES) if made_anew else 1)
+    if step >= count:
+        yield chunk
+        return
+    for low in range(0, count, step):
+        own = slice(low, min(low + step, count))
+        features = [side.part(_places(own, each)) for side in (chunk.plain, chunk.dual)]
+        place = slice(chunk.place.start + own.start, chunk.place.start + own.stop)
+        yield Chunk(place, chunk.outputs[own], features[0], features[1])
 
 
 def _rows(request: Request, theta: Blocks, columns: _Columns, chunk: Chunk) -> Tensor:

@@ -20,9 +20,10 @@ from geoad.metrics import Euclidean
 from geoad.params import detach
 from geoad.tangent.data import Data, space_of
 from geoad.tangent.dense import Request, kernel_matrix, norms, row_blocks
-from geoad.tangent.inverse import groups_of
+from geoad.tangent.inverse import groups_of, sharp_of
 from geoad.tangent.operator import KernelOperator
 from geoad.tangent.shared import shared_rows
+from geoad.tangent.tracked import is_tracked, tracked_matrix, tracked_norms
 from geoad.tensors import Cometric, GeoTensor
 from geoad.tensors.base import Axis
 
@@ -51,7 +52,7 @@ def ntk(
         x1: n inputs: a tensor, (inputs, targets), a mapping, a list of batches or a ``DataLoader``. Targets are left aside.
         x2: m other inputs, or None for those of `x1`.
         metric: G, a metric field on the network's manifold; semidefinite ones need damping. Default: the reference metric,
-            which is the identity in the network's own parameters and moves along.
+            which is the identity in the network's own parameters and moves along. (Any symmetric form with an inverse will do.)
         outputs: some of the outputs instead of all: an index, several, ``curvature.Difference(i, j)``, or a function of them.
         contract: "none"; "trace", the sum :math:`\sum_c K_{nc,mc}`; or "diagonal", the kernel of each output by itself. The
             last two cost as much less as there are fewer numbers.
@@ -73,10 +74,12 @@ def ntk(
 
     Layers are contracted as outer products of what goes in and what comes back (structured derivatives, Novak,
     Sohl-Dickstein & Schoenholz 2022); J is never formed for layers at one position. What the tap does not cover is multiplied
-    out, exactly; `TangentKernel.coverage` says what that is.
+    out, exactly; `TangentKernel.coverage` says what that is. The value is differentiable in the point and the data: inside of
+    a derivative all rows are multiplied out, n · c · d numbers.
 
     Raises:
-        GeometryError: outputs that are not finite, or depend on the batch; a result larger than the memory of the machine.
+        GeometryError: outputs or a kernel that are not finite, or depend on the batch; data that come in another order in
+            every pass; a result larger than the memory of the machine.
         SingularMetricError: G has no inverse.
 
     >>> import torch, geoad
@@ -118,7 +121,6 @@ class TangentKernel:
         _check(geo, metric, contract, representation, x2)
         self.geo, self.chosen = geo, outputs
         self.select = None if outputs is None else selecting(outputs)
-        self.meaning: Any = self.select if _hashable(self.select) else object()
         self.metric = Euclidean(geo.reference) if metric is None else metric.place(geo.reference)
         self.left = Data(geo, x1, self.select, shared=True)
         self.right = self.left if x2 is None else Data(geo, x2, self.select, shared=True)
@@ -158,6 +160,8 @@ class TangentKernel:
     def squared_norms(self, p: Point) -> Tensor:
         """|df_c(x_n)|² in the metric, (n, ..., c): the diagonal of K, whose sum is its trace, without K."""
         p = self._require(p)
+        if self._tracked(p):
+            return tracked_norms(self.left, sharp_of(self.metric, p, self.geo.reference), p.to(self.geo.reference).blocks)
         f = self.left.values(self._theta(p))
         with torch.no_grad():
             return norms(self._request(p), self._theta(p)).reshape(f.shape)
@@ -169,7 +173,14 @@ class TangentKernel:
         (`geoad.distributed.shard`) these are the rows of the samples of this process, in one block, against the samples of
         all; places are in the order of the processes.
         """
-        request = self._request(self._require(p, shared=True))
+        p = self._require(p, shared=True)
+        if self._tracked(p):
+            raise GeometryError(
+                "the rows of a tangent kernel, block by block, were asked for inside of a derivative, which would be zero in "
+                "silence. The whole kernel is differentiable, field(p), and so are its products, representation='implicit'; or "
+                "detach the point: chart.point({name: block.detach() ...})."
+            )
+        request = self._request(p)
         f = self.left.values(self._theta(p))
         if self.right.batches.exchange is not None:
             place, block = shared_rows(request, self._theta(p))
@@ -217,7 +228,13 @@ class TangentKernel:
         groups = groups_of(self.metric, p, self.geo.reference)
         return Request(self.left, self.right, groups, self.contract, self.max_memory, self.progress)
 
+    def _tracked(self, p: Point) -> bool:
+        return is_tracked(p.to(self.geo.reference).blocks, self.left, self.right)
+
     def _matrix(self, p: Point) -> tuple[Tensor, Tensor, Tensor]:
+        if self._tracked(p):
+            sharp, here = sharp_of(self.metric, p, self.geo.reference), p.to(self.geo.reference).blocks
+            return tracked_matrix(self.left, self.right, sharp, here, self.contract)
         theta = self._theta(p)
         with torch.no_grad():
             matrix, f, g = kernel_matrix(self._request(p), theta)
@@ -231,7 +248,7 @@ class TangentKernel:
 
     def _space(self, side: Data, f: Tensor) -> Chart:
         shape = f.shape if self.contract == "none" else _contracted(f.shape)
-        return space_of(self.geo, side.source, (self.meaning, self.contract), shape)
+        return space_of(self.geo, side.source, (side.meaning, self.contract), shape)
 
     def _image(self, space: Chart, f: Tensor) -> Point:
         """f(p); for a sum over outputs there is no such point, and the origin stands for it."""
@@ -250,14 +267,6 @@ class TangentKernel:
 def _contracted(shape: torch.Size) -> torch.Size:
     """Without the last axis, the outputs; one number for each sample is that already."""
     return shape[:-1] if len(shape) > 1 else shape
-
-
-def _hashable(thing: Any) -> bool:
-    try:
-        hash(thing)
-    except TypeError:
-        return False
-    return True
 
 
 def _check(geo: Any, metric: Any, contract: str, representation: str, x2: Any) -> None:
