@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from geoad.charts import Chart
 from geoad.curvature.collect import Collector, Task
 from geoad.curvature.collect_kron import collectors
 from geoad.curvature.combine import combine, described
+from geoad.curvature.compiled import Chunks
 from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDiagonal, Representation
 from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
@@ -47,7 +49,7 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     for stage in range(max(each.stages for each in found)):
         if waiting:
             with field.guarded(call):
-                _pass(field, plans, waiting, log)
+                _pass(field, plans, waiting, log, field.chunks if structure is field.structure else None)
         active = [each for each in found if each.stages > stage]
         if exchange is not None:
             combine(active, exchange, call)
@@ -62,7 +64,7 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     return ops.BlockDiagonal(layout, parts)
 
 
-def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None) -> None:
+def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None, chunks: Chunks | None) -> None:
     """One pass over the data of this process."""
     page = None if log is None else log.page(waiting)
     sweep(
@@ -74,6 +76,7 @@ def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: 
         progress=field.progress,
         total=field.batches.own if field.progress else None,
         page=page,
+        compiled=None if chunks is None else functools.partial(chunks.add, field, plans.x),
     )
     if log is not None and page is not None:
         log.turn(page)

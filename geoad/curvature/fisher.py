@@ -93,6 +93,7 @@ class Fisher(NetworkCurvature):
         outputs: Any = None,
         max_memory: int = 1 << 28,
         progress: bool = False,
+        compile: bool = False,
     ) -> None:
         if kind not in _KINDS:
             raise GeometryError(
@@ -111,6 +112,7 @@ class Fisher(NetworkCurvature):
             reduction=reduction,
             max_memory=max_memory,
             progress=progress,
+            compile=compile,
         )
         self.kind, self.samples, self.generator = kind, samples, generator
         self.hessian_type = kind == "exact" and self.likelihood.hessian_type and not self.structure.imposed

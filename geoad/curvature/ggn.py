@@ -57,6 +57,7 @@ class GGN(NetworkCurvature):
         outputs: Any = None,
         max_memory: int = 1 << 28,
         progress: bool = False,
+        compile: bool = False,
     ) -> None:
         given: Any = likelihood if loss is None else loss
         super().__init__(
@@ -69,6 +70,7 @@ class GGN(NetworkCurvature):
             reduction=reduction,
             max_memory=max_memory,
             progress=progress,
+            compile=compile,
         )
         self.of_loss = not isinstance(given, (str, Likelihood))
         self.hessian_type = self.likelihood.hessian_type and not self.structure.imposed

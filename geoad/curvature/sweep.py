@@ -51,6 +51,10 @@ class Page(Protocol):
         ...
 
 
+Compiled = Callable[[Plan, Batch, int, int, Sequence[Any]], int]
+"""(plan, batch, start, step, consumers) to the number of samples from `start` on that were added to the consumers."""
+
+
 class Plans:
     """The plans of a network, one for each form of its inputs."""
 
@@ -80,6 +84,7 @@ def sweep(
     progress: bool = False,
     total: int | None = None,
     page: Page | None = None,
+    compiled: Compiled | None = None,
 ) -> None:
     """Go through the data once; `page` is told of each batch that is done, and says where to go on.
 
@@ -101,6 +106,11 @@ def sweep(
                 sample = plans.trial(batch.inputs)
                 step = most(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
             while start < batch.size:
+                if compiled is not None and (done := compiled(plan, batch, start, step, consumers)):
+                    start += done
+                    if bar is not None:
+                        bar.update(done)
+                    continue
                 part = slice(start, start + _even(batch.size - start, step))
                 linearized = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
                 s, signs = seeds(linearized.outputs, take(batch.labels, part))
