@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
@@ -76,7 +75,7 @@ def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: 
         progress=field.progress,
         total=field.batches.own if field.progress else None,
         page=page,
-        compiled=None if chunks is None else functools.partial(chunks.add, field, plans.x),
+        compiled=None if chunks is None else chunks.at(field, plans.x),
     )
     if log is not None and page is not None:
         log.turn(page)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from geoad.curvature.network import NetworkCurvature
-    from geoad.curvature.sweep import Batch
+    from geoad.curvature.sweep import Batch, Compiled
 
 __all__ = ["Backend", "Chunks", "require_compilable"]
 
@@ -63,32 +63,41 @@ class Chunks:
     def __reduce__(self) -> tuple[Any, ...]:
         return Chunks, ()  # a copy compiles for itself
 
-    def add(
-        self, field: NetworkCurvature, x: Blocks, plan: Plan, batch: Batch, start: int, step: int, found: Sequence[Collector]
-    ) -> int:
-        """Give a chunk of `batch` from sample `start` on to the collectors: its size, or 0 if fewer samples are left."""
+    def at(self, field: NetworkCurvature, x: Blocks) -> Compiled:
+        """What gives chunks of the data at the point x to collectors: it says of how many samples, 0 if fewer are left."""
         _require_values(x)
-        form = tuple((each.shape[1:], each.dtype, each.device) for each in _taken(batch.inputs)[0])
-        known, wanted = self.kept.get(form), _size(batch.size, min(step, _SAMPLES))
-        size = wanted if known is None or wanted > 2 * known.size else known.size
-        if batch.size - start < size:
-            return 0
-        part = slice(start, start + size)
-        inputs, labels = take(batch.inputs, part), take(batch.labels, part)
-        with torch.no_grad():
-            outputs = field.outputs(x, inputs)
-            field.inspect(outputs, x)
-            seeds, signs = field.weighted_seeds(outputs, labels)
-        given = [*x.values(), *_taken(inputs)[0], seeds, *([] if signs is None else [signs])]
-        if known is None or not known.holds(size, _state(field, plan), given):
-            known = self.kept[form] = self._made(field, x, plan, inputs, (seeds, signs))
-        for each, state in zip(found, known(given), strict=True):
-            _add(each, state)
-        return size
+        states: dict[int, Hashable] = {}  # the network stays the same during a pass
 
-    def _made(
-        self, field: NetworkCurvature, x: Blocks, plan: Plan, inputs: Any, seeds: tuple[Tensor, Tensor | None]
-    ) -> _Compiled:
+        def add(plan: Plan, batch: Batch, start: int, step: int, found: Sequence[Any]) -> int:
+            form = tuple((each.shape[1:], each.dtype, each.device) for each in _taken(batch.inputs)[0])
+            known, size = self._size(form, batch.size, step)
+            count = min(batch.size - start, step) // size
+            if not count:
+                return 0
+            part = slice(start, start + count * size)
+            inputs, labels = take(batch.inputs, part), take(batch.labels, part)
+            seeds = _seeds(field, x, inputs, labels)
+            for i in range(count):
+                part = slice(i * size, (i + 1) * size)
+                here, s = take(inputs, part), [each[:, part].contiguous() for each in seeds]
+                given = [*x.values(), *_taken(here)[0], *s]
+                state = states.get(id(plan)) or _state(field, plan)
+                if known is None or not known.holds(size, state, given):
+                    known = self.kept[form] = self._made(field, x, plan, here, s)
+                    state = known.state
+                states[id(plan)] = state
+                for each, more in zip(found, known(given), strict=True):
+                    _add(each, more)
+            return count * size
+
+        return add
+
+    def _size(self, form: Hashable, count: int, step: int) -> tuple[_Compiled | None, int]:
+        """What is known for inputs of this form, and how many samples to take together."""
+        known, wanted = self.kept.get(form), _even(count, min(step, _SAMPLES))
+        return known, wanted if known is None or wanted > 2 * known.size else known.size
+
+    def _made(self, field: NetworkCurvature, x: Blocks, plan: Plan, inputs: Any, seeds: list[Tensor]) -> _Compiled:
         self.count += 1
         if self.count > _COMPILED:
             raise GeometryError(
@@ -103,19 +112,13 @@ class _Compiled:
     """(blocks, inputs, seeds, signs) -> the states of empty collectors that took this chunk."""
 
     def __init__(
-        self,
-        field: NetworkCurvature,
-        x: Blocks,
-        plan: Plan,
-        inputs: Any,
-        seeds: tuple[Tensor, Tensor | None],
-        backend: Backend,
+        self, field: NetworkCurvature, x: Blocks, plan: Plan, inputs: Any, seeds: list[Tensor], backend: Backend
     ) -> None:
         fixes = _fixes(field, x, plan, inputs)
         self.state = _state(field, plan)  # what was looked at for the first time is part of it
-        self.size, self.names = len(seeds[0][0]), list[list[str]]()
+        self.size, self.names = seeds[0].shape[1], list[list[str]]()
         samples, rebuild = _taken(inputs)
-        given = [*x.values(), *samples, *(each for each in seeds if each is not None)]
+        given = [*x.values(), *samples, *seeds]
 
         def chunk(*tensors: Tensor) -> list[Tensor]:
             rest = iter(tensors)
@@ -165,7 +168,16 @@ def require_compilable(structure: Representation, processes: bool) -> None:
 # -- the chunk ---------------------------------------------------------------------------------------------------------------
 
 
-def _size(count: int, most: int) -> int:
+def _seeds(field: NetworkCurvature, x: Blocks, inputs: Any, labels: Any) -> list[Tensor]:
+    """The seeds (K, n, ..., c), and their signs (K, n) where not all are +1; all that is wrong with values shows here."""
+    with torch.no_grad():
+        outputs = field.outputs(x, inputs)
+        field.inspect(outputs, x)
+        seeds, signs = field.weighted_seeds(outputs, labels)
+    return [seeds] if signs is None else [seeds, signs]
+
+
+def _even(count: int, most: int) -> int:
     """Of the sizes from `most` down to its half, the one that leaves the fewest of `count` samples over."""
     most = min(count, most)
     return min(range(most, most // 2, -1), key=lambda size: count % size)
@@ -281,7 +293,9 @@ def _compiled(graph: GraphModule, given: list[Tensor], backend: Backend) -> Call
 def _inductor(graph: GraphModule, given: list[Tensor]) -> Callable[..., Sequence[Tensor]]:
     import torch._inductor as inductor  # the compiler of torch is loaded when it is needed
 
-    return inductor.compile(graph, given)
+    arguments: list[Any] = list(given)
+    function: Any = inductor.compile(graph, arguments)
+    return function
 
 
 def _no_autocast(like: Tensor) -> torch.autocast:
