@@ -65,6 +65,9 @@ class Fisher(NetworkCurvature):
         outputs: which function of the network's outputs parametrises the likelihood: indices of classes, or a callable.
         max_memory: bytes that intermediate results may take; more than one sample at a time does not go beyond.
         progress: show a progress bar over the samples (needs tqdm).
+        compile: let torch compile the work on a chunk of samples, at the first evaluation and where the network or the form
+            of its inputs has changed since. Offered for "diagonal", where it pays if values are asked for thousands of times
+            (see docs/how-to/curvature.md). What cannot be compiled raises.
 
     It is semidefinite: ``sharp`` and ``solve`` raise `SingularMetricError` unless it is damped, e.g.
     ``Fisher(...) + 1e-3 * Euclidean(geo.reference)``, exactly and in the structure of the representation.
