@@ -23,8 +23,15 @@ from geoad.testing import zoo
 
 COLUMNS = ("gradient", "J v", "w J", "Hessian v", "GGN v", "each sample")
 BEST = dict(zip(COLUMNS, ("reverse", "forward", "reverse", "autograd", "forward", "vmap"), strict=True))
-SHORT = {"autograd": "torch.autograd", "reverse": "reverse", "loop": "loop", "forward": "forward"}
-KINDS = {"gradient": "gradient", "J v": "jvp", "w J": "vjp", "Hessian v": "hessian", "GGN v": "jvp", "each sample": "samples"}
+SHORT = {"autograd": "torch.autograd", "reverse": "reverse", "loop": "loop", "forward": "forward", "apart": "J v and w J apart"}
+KINDS = {
+    "gradient": "gradient",
+    "J v": "jvp",
+    "w J": "vjp",
+    "Hessian v": "hessian",
+    "GGN v": "product",
+    "each sample": "samples",
+}
 
 
 def ways(name: str, dtype: torch.dtype) -> list[str]:

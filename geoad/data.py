@@ -233,6 +233,11 @@ def require_match(data: Any, others: Any, what: str, error: Exception, *, like: 
             f"{what} are {_words(kinds)}, {like} {_words(wanted)}, and the evaluation failed ({error}). Convert one of them: "
             f"x.to({min(wanted)}) or geo.to({min(kinds)})."
         ) from error
+    if wanted and not kinds and any(word in str(error) for word in ("dtype", "scalar type")):
+        raise GeometryError(
+            f"{what} are {_words({str(each.dtype) for each in mine})}, {like} {_words(wanted)}, and the evaluation failed "
+            f"({error}). If they are no indices, convert them: x.to({min(wanted)})."
+        ) from error
 
 
 def _words(kinds: set[str]) -> str:

@@ -7,6 +7,8 @@ A *layout* is the ordered list of the blocks of a chart with their shapes. Compo
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,6 +43,11 @@ __all__ = [
 ]
 
 Blocks = dict[str, Tensor]
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of numbers without gaps."""
+    return tuple(itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1] if shape else ()
 
 
 class Layout(Mapping[str, torch.Size]):
@@ -120,14 +127,37 @@ class Layout(Mapping[str, torch.Size]):
         return block.shape[: block.ndim - len(self._shapes[name])]
 
     def ravel(self, blocks: Blocks) -> Tensor:
-        """All blocks as one tensor of shape (*batch, dim), in the order of the layout."""
+        """All blocks as one tensor of shape (*batch, dim), in the order of the layout; a view if they lie side by side."""
         if self.row is not None:
             return blocks[self.row]
+        whole = self._side_by_side(blocks)
+        if whole is not None:
+            return whole
         parts: list[Tensor] = []
         for name, shape in self._shapes.items():
             block = blocks[name]
             parts.append(block.reshape(*block.shape[: block.ndim - len(shape)], shape.numel()))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def rows(self, count: int, like: Tensor) -> Blocks:
+        """Blocks with one batch axis, not filled, that lie side by side in memory: `ravel` takes no copy of them."""
+        whole = like.new_empty((count, self.dim))
+        return {name: whole[:, place].view(count, *self._shapes[name]) for name, place in self.offsets().items()}
+
+    def _side_by_side(self, blocks: Blocks) -> Tensor | None:
+        """The tensor (n, dim) of which the blocks are the columns, made by `rows`."""
+        first = blocks[self.names[0]]
+        if first.ndim != len(self._shapes[self.names[0]]) + 1 or len(self.names) == 1 or is_wrapped(blocks):
+            return None
+        start, base = first.storage_offset(), first._base
+        if base is None or base.shape != (len(first), self.dim) or not base.is_contiguous() or start != base.storage_offset():
+            return None
+        for (name, shape), place in zip(self._shapes.items(), self.offsets().values(), strict=True):
+            block = blocks[name]
+            there = block._base is base and block.storage_offset() == start + place.start
+            if not there or block.requires_grad or block.shape[1:] != shape or block.stride() != (self.dim, *_strides(shape)):
+                return None
+        return base
 
     def unravel(self, vector: Tensor) -> Blocks:
         """The inverse of `ravel`."""
@@ -277,6 +307,7 @@ def equal(a: Blocks, b: Blocks) -> bool:
         return True
     if a.keys() != b.keys():
         return False
+    pairs: list[tuple[Tensor, Tensor]] = []
     for name, block in a.items():
         other = b[name]
         if block is other:
@@ -284,9 +315,16 @@ def equal(a: Blocks, b: Blocks) -> bool:
         block, other = _unwrap(block.detach()), _unwrap(other.detach())
         if block.shape != other.shape or block.dtype != other.dtype or block.device != other.device:
             return False
-        if not torch.equal(block, other) and not _same_bits(block, other):
-            return False
-    return True
+        pairs.append((block, other))
+    devices = {block.device for block, _ in pairs}
+    if len(devices) == 1 and "cpu" not in {each.type for each in devices} and _equal_at_once(pairs):
+        return True
+    return all(torch.equal(block, other) or _same_bits(block, other) for block, other in pairs)
+
+
+def _equal_at_once(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """All pairs are equal, and no nan is among them: one look at the device instead of one for each."""
+    return bool(torch.stack([(block == other).all() for block, other in pairs]).all())
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

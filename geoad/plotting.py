@@ -48,8 +48,8 @@ def _require_plane(chart: Chart, what: str) -> None:
 
 def _mesh(xlim: Range, ylim: Range, nx: int, ny: int) -> tuple[Tensor, Tensor]:
     """Coordinates of a grid, two tensors of shape (ny, nx)."""
-    x = torch.linspace(*xlim, nx, dtype=torch.float64)
-    y = torch.linspace(*ylim, ny, dtype=torch.float64)
+    x = torch.linspace(*xlim, nx, dtype=torch.float64, device="cpu")
+    y = torch.linspace(*ylim, ny, dtype=torch.float64, device="cpu")
     grid = torch.meshgrid(x, y, indexing="xy")
     return grid[0], grid[1]
 
@@ -190,7 +190,7 @@ def spectrum(values: Sequence[Tensor], ax: Axes | None = None, *, labels: Sequen
     ax = _axes(ax)
     for index, each in enumerate(values):
         sorted_values = each.detach().cpu().sort(descending=True).values
-        rank = torch.arange(1, len(sorted_values) + 1)
+        rank = torch.arange(1, len(sorted_values) + 1, device="cpu")
         keep = sorted_values > 0
         ax.plot(rank[keep].numpy(), sorted_values[keep].numpy(), label=labels[index] if index < len(labels) else None, **style)
     ax.set_yscale("log")

@@ -54,7 +54,8 @@ def kernel(value: Cometric, ax: Axes | None = None, *, order: Tensor | None = No
         )
     if order is not None:
         n = len(order)
-        index = order.cpu().argsort(stable=True).unsqueeze(1) * (len(matrix) // n) + torch.arange(len(matrix) // n)
+        within = torch.arange(len(matrix) // n, device="cpu")
+        index = order.cpu().argsort(stable=True).unsqueeze(1) * (len(matrix) // n) + within
         matrix = matrix[index.flatten()][:, index.flatten()]
     options: dict[str, Any] = {"interpolation": "nearest", **style}
     ax.imshow(matrix.numpy(), **options)

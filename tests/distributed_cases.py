@@ -318,6 +318,88 @@ def check_failures_are_told(rank: int) -> None:
             assert "failed in another one. process 1: " in str(found.value)
 
 
+def check_sums_by_hand_go_together(rank: int) -> None:
+    p = geoad.GeoModule(network()).point()
+    v, w = p.chart.vector(p.blocks, at=p), p.chart.covector(p.blocks, at=p)
+    mistakes: list[Callable[[], Any]] = [
+        lambda: all_reduce(1.0) if rank else all_reduce(torch.ones(3)),
+        lambda: all_reduce(torch.ones(3 + rank)),
+        lambda: all_reduce(torch.ones(3), "sum" if rank else "mean"),
+        lambda: all_reduce(v if rank else w),
+        lambda: all_reduce(v) if rank else require_same_point(p),
+        lambda: shard((X, Y)) if rank else all_reduce(1.0),
+    ]
+    for mistake in mistakes:
+        with pytest.raises(ProcessError, match=r"do not do the same thing.*\n  process 0: .*\n  process 1: "):
+            mistake()
+    with pytest.raises(GeometryError, match="add up to 0"):
+        all_reduce(v, weight=0.0)
+    assert torch.equal(all_reduce(torch.tensor([1, 2]), "sum"), torch.tensor([2, 4]))
+    half = torch.full((3,), 1 / 3, dtype=torch.bfloat16)
+    assert torch.equal(all_reduce(half * (rank + 1), weight=rank), 2 * half)
+
+
+def check_groups(rank: int) -> None:
+    """A group that is not that of all processes."""
+    geo, group = geoad.GeoModule(network()), dist.new_group([1])
+    if rank == 0:
+        with pytest.raises(GeometryError, match="does not belong to the group"):
+            shard((X, Y), group)
+        return
+    parts = shard((X, Y), group)
+    assert parts.sizes == [7] and all_reduce(3.0, "sum", group=group) == 3.0
+    for representation in ("ekfac", "low_rank", "implicit"):
+        mine, whole = (Fisher(geo, data, representation=representation)(geo.point()) for data in (parts, (X, Y)))
+        assert torch.equal(mine.to_dense(), whole.to_dense())
+    ((_, block),) = geoad.ntk(geo, parts).blocks(geo.point())
+    torch.testing.assert_close(block, geoad.ntk(geo, X)(geo.point()).components)
+
+
+def check_one_process_fails(rank: int) -> None:
+    """Wherever one of them fails, it tells why, the other one says so, and both can go on."""
+    geo = geoad.GeoModule(network())
+    p, wrong = geo.point(), Y.clone()
+    wrong[-1] = 9  # a sample of the second process
+    v = geoad.riemannian_grad(geo.loss(F.cross_entropy, (X, Y)))(p)
+    parts, bad = shard((X, Y)), shard((X, wrong))
+    shapeless = torch.tensor(0.0)
+    rows = rows_of(geo, X[:3])
+    for call, at in (
+        (lambda: Fisher(geo, bad, kind="empirical", representation="kfac")(p), None),
+        (lambda: Fisher(geo, bad, kind="empirical")(p).mv(v), None),
+        (lambda: Fisher(geo, bad, kind="covariance", representation="low_rank")(p), None),
+        (lambda: shard([share(rank)] if rank == 0 else [(shapeless, shapeless)], by="process"), None),
+        (lambda: Fisher(geo, parts, representation="low_rank")(p), "geoad.curvature.combine.require_memory"),
+        (lambda: kernel_rows(rows), "geoad.distributed.rows.gram"),
+        (lambda: kernel_rows(rows), "geoad.distributed.rows.features"),
+        (lambda: list(geoad.ntk(geo, parts).blocks(p)), "geoad.tangent.shared.gram"),
+        (lambda: list(geoad.ntk(geo, parts).blocks(p)), "geoad.tangent.shared.chunks"),
+    ):
+        with pytest.raises((GeometryError, OutOfRoom)) as found, failing(at if rank == 1 else None):
+            call()
+        assert isinstance(found.value, ProcessError) == (rank == 0), found.value
+        if rank == 0:
+            assert "failed in another one. process 1: " in str(found.value)
+        assert all_reduce(1.0, "sum") == 2.0
+
+
+class OutOfRoom(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def failing(name: str | None) -> Iterator[None]:
+    """A function of geoad raises."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OutOfRoom
+
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            patch.setattr(name, fail)
+        yield
+
+
 # -- kernels -----------------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +500,9 @@ CHECKS = (
     check_ways_to_shard,
     check_what_does_not_go_together,
     check_failures_are_told,
+    check_sums_by_hand_go_together,
+    check_groups,
+    check_one_process_fails,
     check_kernel_rows,
     check_resumed,
 )

@@ -172,6 +172,20 @@ def test_stale_partial_results_are_refused(tmp_path: Path) -> None:
         Fisher(geo, batches, representation="kfac")(p)
 
 
+@pytest.mark.parametrize(("then", "now"), [("sums", "sums.0-of-2"), ("sums.1-of-3", "sums"), ("sums.0-of-3", "sums.0-of-2")])
+def test_partial_results_of_other_numbers_of_processes_are_refused(then: str, now: str, tmp_path: Path) -> None:
+    from geoad.curvature.resume import journal
+
+    (tmp_path / then).touch()
+    rank, _, size = now.removeprefix("sums").removeprefix(".").partition("-of-")
+    with pytest.raises(GeometryError, match=r"begun by \d processes, found \d now"), resumable(tmp_path / "sums"):
+        journal("", torch.device("cpu"), int(rank or 0), int(size or 1))
+    (tmp_path / then).unlink()
+    (tmp_path / f"other{then}").touch()
+    with resumable(tmp_path / "sums"):
+        assert journal("", torch.device("cpu"), int(rank or 0), int(size or 1)) is not None
+
+
 def test_one_matrix_in_a_block(tmp_path: Path) -> None:
     geo, batches = setting()
     field = Fisher(geo, batches, representation="diagonal")

@@ -269,3 +269,18 @@ def test_refusals() -> None:
     with pytest.raises(GeometryError, match=r"shape \(n, \.\.\., c\)"):
         flat = geoad.GeoModule(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)))
         Fisher(flat, X)(flat.point()).to_dense()
+
+
+def test_per_sample_gradients_lie_side_by_side() -> None:
+    geo = geoad.GeoModule(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    batch = geoad.per_sample_grads(geo.loss(F.mse_loss, (torch.randn(5, 3), torch.randn(5, 2))))(geo.point())
+    whole, blocks = batch.ravel(), batch.blocks
+    assert whole.data_ptr() == blocks["0.weight"].data_ptr()
+    copied = geo.reference.layout.ravel({name: block.clone() for name, block in blocks.items()})
+    assert torch.equal(whole, copied) and copied.data_ptr() != whole.data_ptr()
+    swapped = dict(blocks, **{"0.bias": blocks["0.bias"].flip(0)})  # no longer the columns of one matrix
+    assert torch.equal(geo.reference.layout.ravel(swapped)[:, 12:16], blocks["0.bias"].flip(0))
+    part = {name: block[1:3] for name, block in blocks.items()}
+    assert torch.equal(geo.reference.layout.ravel(part), whole[1:3])
+    graph = {name: block.requires_grad_() for name, block in blocks.items()}
+    assert geo.reference.layout.ravel(graph).requires_grad

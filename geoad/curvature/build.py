@@ -16,7 +16,8 @@ from geoad.curvature.compiled import Chunks
 from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDiagonal, Representation
 from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
-from geoad.errors import StructureNotPreservedError
+from geoad.errors import GeometryError, StructureNotPreservedError
+from geoad.kernels.conditions import together
 from geoad.kernels.spread import digest
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, first
@@ -31,8 +32,9 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     """The value of `field` at `x` in a stored representation.
 
     Raises:
-        GeometryError: the result does not fit into the memory of the machine.
+        GeometryError: the result does not fit into the memory of the machine, or the parameters are of several dtypes.
     """
+    _require_one_dtype(x)
     layout = field.home.layout
     plans = Plans(field.outputs, x)
     exchange = field.exchange
@@ -64,26 +66,39 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
 
 
 def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None, chunks: Chunks | None) -> None:
-    """One pass over the data of this process."""
-    page = None if log is None else log.page(waiting)
-    sweep(
-        plans,
-        field.swept(plans.x, page),
-        lambda f, y: _inspected(field, plans.x, f, y),
-        waiting,
-        max_memory=field.max_memory,
-        progress=field.progress,
-        total=field.batches.own if field.progress else None,
-        page=page,
-        compiled=None if chunks is None else chunks.at(field, plans.x),
-    )
-    if log is not None and page is not None:
-        log.turn(page)
+    """One pass over the data of this process; what is checked of them is looked at once, at the end."""
+
+    def go(consumers: list[Collector], log: Journal | None, progress: bool) -> None:
+        page = None if log is None else log.page(consumers)
+        sweep(
+            plans,
+            field.swept(plans.x, page),
+            lambda f, y: _inspected(field, plans.x, f, y),
+            consumers,
+            max_memory=field.max_memory,
+            progress=progress,
+            total=field.batches.own if progress else None,
+            page=page,
+            compiled=chunks.at(field, plans.x) if chunks is not None and consumers else None,
+        )
+        if log is not None and page is not None:
+            log.turn(page)
+
+    together(lambda: go(waiting, log, field.progress), again=lambda: go([], None, False))
 
 
 def _inspected(field: NetworkCurvature, x: Blocks, outputs: Tensor, labels: object) -> tuple[Tensor, Tensor | None]:
     field.inspect(outputs, x)
     return field.weighted_seeds(outputs, labels)
+
+
+def _require_one_dtype(x: Blocks) -> None:
+    kinds = sorted({str(block.dtype) for block in x.values()})
+    if len(kinds) > 1:
+        raise GeometryError(
+            f"the parameters are {' and '.join(kinds)}; a matrix over all of them has one dtype, and which one geoad cannot "
+            "know. Convert the network (geo.to(torch.float64)), or use products alone: representation='implicit'."
+        )
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------------

@@ -135,9 +135,14 @@ class _Grams(Collector):
     def parts(self) -> Parts:
         matrices = self.sums.matrices()
         return {
-            layout.names: ops.Dense(layout, matrix.to(self.task.like.dtype), symmetric=True)
+            layout.names: _block(layout, matrix.to(self.task.like.dtype))
             for layout, matrix in zip(self.layouts, matrices, strict=True)
         }
+
+
+def _block(layout: Layout, matrix: Tensor) -> LinearOperator:
+    """A matrix on blocks; of no numbers (an empty parameter) a diagonal, for LAPACK takes no such matrices."""
+    return ops.Dense(layout, matrix, symmetric=True) if layout.dim else ops.Diagonal(layout, layout.unravel(matrix.diagonal()))
 
 
 @collectors.register

@@ -28,14 +28,15 @@ def combine(collectors: Sequence[Collector], exchange: Exchange, call: str) -> N
 
     All of it goes by a handful of messages. The result is the same in all processes, bit for bit.
     """
-    states = [each.state() for each in collectors]
-    forms = [_form(each, state) for each, state in zip(collectors, states, strict=True)]
-    if not exchange.alike(f"{call}: {[sorted(form) for form in forms]}"):  # the network took another path elsewhere
-        _fill(states, exchange.gathered(forms), collectors[0])
+    with exchange.guarded(call):
+        states = [each.state() for each in collectors]
+        forms = [_form(each, state) for each, state in zip(collectors, states, strict=True)]
+    if not exchange.alike(f"{[sorted(form) for form in forms]}", call):  # the network took another path elsewhere
+        _fill(states, exchange.gathered(forms, call), collectors[0])
     summed = [(i, name) for i, each in enumerate(collectors) if not each.stacked for name in sorted(states[i])]
     stacked = [(i, name) for i, each in enumerate(collectors) if each.stacked for name in sorted(states[i])]
     if stacked:
-        _require_room([states[i][name] for i, name in stacked], exchange)
+        _require_room([states[i][name] for i, name in stacked], exchange, call)
     found: list[_State] = [{} for _ in collectors]
     for (i, name), value in zip(summed, exchange.sum([states[i][name] for i, name in summed], call), strict=True):
         found[i][name] = value
@@ -61,10 +62,11 @@ def _fill(states: list[_State], forms: list[list[_Form]], like: Collector) -> No
                     state[name] = torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _require_room(stacks: list[Tensor], exchange: Exchange) -> None:
+def _require_room(stacks: list[Tensor], exchange: Exchange, call: str) -> None:
     own = sum(each.numel() * each.element_size() for each in stacks)
-    whole = sum(exchange.gathered(own))
-    require_memory(2 * whole, f"the columns of {exchange.size} processes", stacks[0])
+    whole = sum(exchange.gathered(own, call))
+    with exchange.guarded(call):  # the machines need not be alike
+        require_memory(2 * whole, f"the columns of {exchange.size} processes", stacks[0])
 
 
 # -- words -------------------------------------------------------------------------------------------------------------------

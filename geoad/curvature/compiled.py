@@ -21,7 +21,7 @@ from geoad.curvature.representations import Diagonal, Mixed, Representation
 from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.ladder import FIXES, Fix, watched
-from geoad.kernels.layered import Plan, linearize, together
+from geoad.kernels.layered import Plan, linearize, linearize_together
 from geoad.kernels.stamps import stamp
 from geoad.params import Blocks, first, flatten, is_wrapped
 
@@ -127,7 +127,7 @@ class _Compiled:
             signs = next(rest, None)
             task = Task(blocks, plan, signs is None, field.max_memory)
             found = collectors(field.structure, field.home.layout, task)
-            rows = together(field.outputs, field.home.layout, blocks, chunk_inputs, plan).pull(s)
+            rows = linearize_together(field.outputs, field.home.layout, blocks, chunk_inputs, plan).pull(s)
             for each in found:
                 each.add(rows, signs)
             states = [each.state() for each in found]

@@ -20,6 +20,8 @@ from geoad.curvature.selection import selecting
 from geoad.curvature.sweep import Seeds
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.conditions import together
+from geoad.kernels.spread import fingerprint
 from geoad.params import Blocks, axpy, is_wrapped, scale
 
 if TYPE_CHECKING:
@@ -103,8 +105,10 @@ class Fisher(NetworkCurvature):
                 f"kind={kind!r} is not offered for the Fisher matrix. Available: {list(_KINDS)}. Choose one of these; nothing "
                 "is replaced by an approximation in silence."
             )
-        if samples < 1:
-            raise GeometryError(f"samples={samples}: a mean over no labels is undefined. Draw at least one for each sample.")
+        if not isinstance(samples, int) or samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GeometryError(
+                f"samples={samples!r}: the mean runs over a whole number of labels. Draw at least one for each sample."
+            )
         super().__init__(
             geo,
             data,
@@ -125,9 +129,11 @@ class Fisher(NetworkCurvature):
 
     def resample(self) -> None:
         """Draw other labels from now on ("mc")."""
-        self.seed = int(torch.randint(1 << 62, (), generator=self.generator)) if self.kind == "mc" else 0
-        if self.exchange is not None:  # the seed of the first process
-            self.seed = self.exchange.gathered(self.seed)[0]
+        self.order: dict[int, str] = {}
+        where = "cpu" if self.generator is None else self.generator.device
+        self.seed = int(torch.randint(1 << 62, (), generator=self.generator, device=where)) if self.kind == "mc" else 0
+        if self.exchange is not None and self.kind == "mc":  # the seed of the first process
+            self.seed = self.exchange.gathered(self.seed, "seeds of Fisher(kind='mc')")[0]
 
     # -- A -------------------------------------------------------------------------------------------------------------------
 
@@ -146,6 +152,18 @@ class Fisher(NetworkCurvature):
                 "kind='mc' need none."
             )
         return targets
+
+    def note(self, batch: int, inputs: Any) -> None:
+        """Labels drawn for one sample are not those of another: refuse batches that changed since they were drawn."""
+        if self.kind != "mc" or self.batches.lasting:
+            return
+        found = fingerprint(inputs)
+        if self.order.setdefault(batch, found) != found:
+            raise GeometryError(
+                f"batch {batch} holds other inputs than in the pass in which the labels of this Monte-Carlo Fisher were drawn "
+                "(a loader that shuffles or augments): they would be labels of other samples. Pass DataLoader(dataset, "
+                "batch_size=..., shuffle=False) or a list of batches, call resample() before each value, or use kind='exact'."
+            )
 
     def _scores(self, outputs: Tensor, labels: Any) -> Tensor:
         """The scores (m, *outputs.shape), one for each label of a sample."""
@@ -192,7 +210,7 @@ class Fisher(NetworkCurvature):
         if self.kind != "mc":
             return self
         twin = copy.copy(self)
-        twin.drawn = [batch.labels for batch in self.swept(x)]
+        twin.drawn = together(lambda: [batch.labels for batch in self.swept(x)])
         return twin
 
     def _less_mean(self, x: Blocks, op: ops.LinearOperator) -> ops.LinearOperator:
@@ -214,7 +232,7 @@ class Fisher(NetworkCurvature):
 
     def _score_parts(self) -> Iterable[tuple[Callable[[Blocks], Tensor], Callable[[Tensor], Tensor]]]:
         for i, (_, inputs, targets) in enumerate(self.batches.sized()):
-            labels = self.labels(torch.empty(0), targets, i)
+            labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield (
                 lambda x, inputs=inputs: self.outputs(x, inputs),
                 lambda f, labels=labels: self._scores(f, labels)[0],

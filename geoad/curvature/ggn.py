@@ -35,7 +35,8 @@ class GGN(NetworkCurvature):
         chart, representation, reduction, outputs, max_memory, progress, compile: as for `geoad.curvature.Fisher`.
 
     Averaged over the samples, as the Fisher matrix. A loss of torch is taken as it is: the mean of ``F.mse_loss`` also runs
-    over the c outputs, so that its matrix is 2/c times that of "gaussian".
+    over the c outputs, so that its matrix is 2/c times that of "gaussian"; ``torch.nn.MSELoss(reduction="sum")`` adds them up,
+    and its matrix is twice that of "gaussian".
 
     >>> import torch, geoad
     >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
@@ -73,6 +74,7 @@ class GGN(NetworkCurvature):
             compile=compile,
         )
         self.of_loss = not isinstance(given, (str, Likelihood))
+        self.averaged = getattr(given, "reduction", "mean") == "mean"
         self.hessian_type = self.likelihood.hessian_type and not self.structure.imposed
         self.signed = not getattr(self.likelihood, "positive", True)
         self.value_class = Form if self.signed else Metric
@@ -81,8 +83,8 @@ class GGN(NetworkCurvature):
         return targets
 
     def _factor(self, outputs: Tensor) -> float:
-        """What a mean of torch, which also runs over outputs and positions, is of the likelihood."""
-        return self.likelihood.mean_factor(outputs.shape) if self.of_loss else 1.0
+        """What a loss of torch is of the likelihood: its mean also runs over outputs and positions, its sum does not."""
+        return self.likelihood.mean_factor(outputs.shape if self.averaged else (1, 1)) if self.of_loss else 1.0
 
     def _needs_labels(self, outputs: Tensor, labels: Any) -> bool:
         if labels is None and self.likelihood.hessian_type:

@@ -77,13 +77,25 @@ class Hessian(FormField):
                 f"a derivative of the Hessian field in the representation {self.structure} was asked for: it is built from "
                 "numbers and has none. Use representation='implicit' there."
             )
-        return impose(self.structure, op)
+        found = impose(self.structure, op)
+        if not isinstance(self.structure, Implicit) and not bool(ops.trace(found).isfinite().all()):
+            raise GeometryError(_not_finite(x))
+        return found
 
     def to_representation(self, representation: Any) -> Hessian:
         """The same field in another representation."""
         twin = copy.copy(self)
         twin.structure = representation_of(representation)
         return twin
+
+
+def _not_finite(x: Blocks) -> str:
+    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
+    cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data and the loss"
+    return (
+        f"the Hessian of the loss holds numbers that are not finite ({cause}): it would be nan in every product. Mend the data "
+        "or go back to a finite point."
+    )
 
 
 def _loss(geo: GeoModule, data: Any, loss: Callable[..., Tensor] | None, reduction: str) -> ScalarField:

@@ -20,6 +20,8 @@ from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans, Seeds
 from geoad.data import Batches
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import holds
+from geoad.kernels.memory import bytes_of
 from geoad.kernels.spread import Exchange
 from geoad.params import Blocks, is_wrapped
 
@@ -87,7 +89,7 @@ class NetworkCurvature(OutputCurvature):
         self.likelihood = likelihood
         self.select = outputs
         self.reduction = reduction
-        self.max_memory, self.progress = max_memory, progress
+        self.max_memory, self.progress = bytes_of(max_memory), progress
         if compile:
             require_compilable(self.structure, self.batches.exchange is not None)
         self.chunks = Chunks() if compile else None
@@ -105,6 +107,9 @@ class NetworkCurvature(OutputCurvature):
     def labels(self, outputs: Tensor, targets: Any, batch: int) -> Any:
         """What A needs to know of a batch beside its outputs."""
         return None
+
+    def note(self, batch: int, inputs: Any) -> None:
+        """Hook: a pass over the data comes to this batch."""
 
     # -- the network over the data -------------------------------------------------------------------------------------------
 
@@ -127,7 +132,7 @@ class NetworkCurvature(OutputCurvature):
 
     def inspect(self, outputs: Tensor, x: Blocks) -> None:
         """Refuse outputs that are not finite, where values can be read."""
-        if not is_wrapped({"outputs": outputs}) and not bool(outputs.isfinite().all()):
+        if not is_wrapped({"outputs": outputs}) and not holds(outputs.isfinite().all()):
             raise GeometryError(_not_finite(type(self).__name__, outputs, x))
 
     @property
@@ -140,15 +145,17 @@ class NetworkCurvature(OutputCurvature):
         for i, (size, inputs, targets) in enumerate(self.batches.sized()):
             if page is not None and not page.saw(inputs, targets):
                 continue
+            self.note(i, inputs)
             yield Batch(size, inputs, self._fixed(x, inputs, targets, i))
 
     def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
         if not self.needs_outputs:
-            return self.labels(torch.empty(0), targets, batch)
+            return self.labels(torch.empty(0, device="cpu"), targets, batch)
         with torch.no_grad():
             outputs = self.outputs(x, inputs)
             self.inspect(outputs, x)
-            return self.labels(outputs, targets, batch)
+            # labels drawn before that is looked at: no kernel of a device is given numbers that end the process
+            return self.labels(outputs.where(outputs.isfinite(), 0.0), targets, batch)
 
     needs_outputs: bool = False
     """`labels` looks at the outputs."""
@@ -164,7 +171,8 @@ class NetworkCurvature(OutputCurvature):
     def reference_parts(self) -> Iterable[Part]:
         weight = self.weight
         for i, (_, inputs, targets) in enumerate(self.batches.sized()):
-            labels = self.labels(torch.empty(0), targets, i)
+            self.note(i, inputs)
+            labels = self.labels(torch.empty(0, device="cpu"), targets, i)
             yield Part(
                 weight,
                 lambda theta, inputs=inputs: self.evaluate(theta, inputs),

@@ -13,8 +13,9 @@ from geoad.curvature.sweep import Batch, Plans, sweep
 from geoad.errors import GeometryError
 from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels.layered import Rows
+from geoad.kernels.memory import bytes_of
 from geoad.module.sources import LossSource
-from geoad.params import Blocks
+from geoad.params import Blocks, Layout, first
 from geoad.tensors import Covector
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def per_sample_grads(
             "per_sample_grads needs the loss of a network over data, found a field of another kind (a sum of fields, a prior, "
             "a function of the network). Pass geo.loss(loss_fn, data) alone, and add the rest afterwards."
         )
-    per_sample = _PerSample(source, max_memory, progress)
+    per_sample = _PerSample(source, bytes_of(max_memory), progress)
 
     def at(p: Point) -> Covector:
         here = require_point(p, field.home, "a gradient").to(field.home)
@@ -99,13 +100,14 @@ class _PerSample:
     def gradients(self, x: Blocks) -> Blocks:
         """(N, *shape) for each block."""
         total = self.source.batches.own
-        result = {name: block.new_empty((total, *block.shape)) for name, block in x.items()}
+        result = Layout({name: block.shape for name, block in x.items()}).rows(total, first(x))
         sweep(
-            Plans(self.outputs, x),
+            Plans(self.outputs, x, tried=False),
             self.batches(),
             lambda outputs, _: (torch.ones_like(outputs).unsqueeze(0), None),
             [_Written(result)],
             max_memory=self.max_memory,
+            most=2048,
             progress=self.progress,
             total=total,
         )

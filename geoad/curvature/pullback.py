@@ -12,8 +12,10 @@ from torch import Tensor
 from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.connection.products import contracted, first_kind
+from geoad.errors import UnsupportedModuleError
 from geoad.fields import MetricField, Transition
 from geoad.kernels import products
+from geoad.kernels.conditions import together
 from geoad.kernels.linear import MAX_MEMORY, Repeated
 from geoad.kernels.spread import Exchange, fingerprint, spread, total
 from geoad.params import Blocks, axpy, scale
@@ -74,9 +76,9 @@ class OutputCurvature(MetricField):
             yield functools.partial(self._product, part, x)
 
     def _product(self, part: Part, x: Blocks, v: Blocks) -> Blocks:
-        f, velocity = products.jvp(part.outputs, x, v)
+        f, velocity, pull = products.push_pull(part.outputs, x, v)
         self.inspect(f, x)
-        return products.vjp(part.outputs, x)[1](part.weight * part.bend(f, velocity))
+        return pull(part.weight * part.bend(f, velocity))
 
     @property
     def exchange(self) -> Exchange | None:
@@ -91,10 +93,10 @@ class OutputCurvature(MetricField):
         """`compute` (arguments), a sum over parts, completed by the other processes."""
         exchange = self.exchange
         if exchange is None:
-            return compute(*arguments)
+            return together(lambda: compute(*arguments))
         call = f"{what} of {type(self).__name__} with {fingerprint(arguments)}"
         with self.guarded(call):
-            own = compute(*spread(arguments, exchange, call))
+            own = together(lambda: compute(*spread(arguments, exchange, call)))
         return total(own, exchange, call)
 
     def product(self, x: Blocks, v: Blocks) -> Blocks:
@@ -134,9 +136,15 @@ class CurvatureOperator(ops.Implicit):
         return self.field.shared("product", lambda v: self.products.batched(v, axes), v)
 
 
+_by_products = ops.to_dense.dispatch(ops.Implicit)
+
+
 @ops.to_dense.register
 def _(operator: CurvatureOperator) -> Tensor:
-    return operator.field.dense(operator.x)
+    try:
+        return operator.field.dense(operator.x)
+    except UnsupportedModuleError:  # samples that depend on each other (batch norm in training mode) have products only
+        return _by_products(operator)
 
 
 def _half_residual(field: OutputCurvature, x: Blocks, v: Blocks, w: Blocks) -> Blocks:

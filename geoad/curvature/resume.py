@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 from collections.abc import Generator, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from geoad.curvature.collect import Collector
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import settle
 from geoad.kernels.spread import digest, fingerprint
 
 __all__ = ["Journal", "Page", "journal", "resumable", "resuming"]
@@ -32,8 +34,8 @@ def resumable(path: str | os.PathLike[str], every: int = 100) -> Generator[None]
         every: in batches of this process.
 
     Raises:
-        GeometryError: the file belongs to another field, point, network or data set, or is no such file; two matrices are
-            asked for in one block.
+        GeometryError: the file belongs to another field, point, network or data set, or to another number of processes, or is
+            no such file; two matrices are asked for in one block.
 
     The batches that are done are still drawn from the data, and compared with what was seen before: the order must not change.
     Representations of "ekfac" go through the data twice here. Matrix-free values (representation="implicit") have no sweep, and
@@ -93,7 +95,22 @@ def journal(stamp: str, device: torch.device, rank: int = 0, size: int = 1) -> J
         )
     request.used = True
     path = request.path if size == 1 else request.path.with_name(f"{request.path.name}.{rank}-of-{size}")
+    _require_as_many(request.path, size)
     return Journal(path, request.every, stamp, device)
+
+
+def _require_as_many(path: Path, size: int) -> None:
+    """Raise if there are sums of another number of processes: their parts of the data are not those of today."""
+    found = [1] if path.exists() else []
+    for each in path.parent.glob(f"{escape(path.name)}.*-of-*"):
+        count = each.name.rpartition("-of-")[2]
+        found += [int(count)] if count.isdigit() else []
+    others = sorted(set(found) - {size})
+    if others:
+        raise GeometryError(
+            f"'{path}' was begun by {others[0]} processes, found {size} now. Each has sums over its own part of the data, and "
+            f"with {size} processes the parts are others. Start {others[0]} processes, or delete the files and begin again."
+        )
 
 
 class Page:
@@ -146,7 +163,8 @@ class Page:
         return {"batches": max(self.seen, self.skip), "step": self.step, "chain": self.chain, "states": states}
 
     def save(self) -> None:
-        """Write the journal."""
+        """Write the journal, if all that was checked of the data holds."""
+        settle()
         self.book.save(self.content())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
-from geoad.kernels.layered import Linearized, Outputs, Plan, Rows, linearize, trial
+from geoad.kernels.layered import Linearized, Outputs, Plan, Rows, glance, linearize, trial
 from geoad.params import Blocks, Layout, first
 
 __all__ = ["Batch", "Consumer", "Plans", "Seeds", "sweep"]
@@ -56,10 +56,17 @@ Compiled = Callable[[Plan, Batch, int, int, Sequence[Any]], int]
 
 
 class Plans:
-    """The plans of a network, one for each form of its inputs."""
+    """The plans of a network, one for each form of its inputs.
 
-    def __init__(self, outputs: Outputs, x: Blocks) -> None:
+    Args:
+        outputs: the network.
+        x: the point.
+        tried: a plan is right before the first samples are evaluated; else a network that ``vmap`` cannot batch shows then.
+    """
+
+    def __init__(self, outputs: Outputs, x: Blocks, *, tried: bool = True) -> None:
         self.outputs, self.x = outputs, x
+        self.tried = tried
         self._known: dict[Any, Linearized] = {}
 
     def of(self, inputs: Any) -> Plan:
@@ -70,8 +77,12 @@ class Plans:
         """The first sample that had inputs of this form."""
         form = tuple((each.shape[1:], each.dtype) for each in batched(inputs))
         if form not in self._known:
-            self._known[form] = trial(self.outputs, self.x, take(inputs, slice(0, 1)))
+            self._known[form] = self._look(take(inputs, slice(0, 1)))
         return self._known[form]
+
+    def _look(self, sample: Any) -> Linearized:
+        found = None if self.tried else glance(self.outputs, self.x, sample)
+        return found if found is not None and len(found.outputs) else trial(self.outputs, self.x, sample)
 
 
 def sweep(
@@ -81,6 +92,7 @@ def sweep(
     consumers: Sequence[Consumer],
     *,
     max_memory: int,
+    most: int = 1024,
     progress: bool = False,
     total: int | None = None,
     page: Page | None = None,
@@ -89,22 +101,24 @@ def sweep(
     """Go through the data once; `page` is told of each batch that is done, and says where to go on.
 
     The number of samples that are taken together follows from what the first one needs, so that the rows and what the
-    consumers make of them stay within `max_memory` bytes; a single sample is always taken.
+    consumers make of them stay within `max_memory` bytes; a single sample is always taken, and not more than `most`.
     """
     x = plans.x
     layout = Layout({name: block.shape for name, block in x.items()})
     step = 0 if page is None else page.step
 
-    def most(rows: Rows) -> int:
+    def room(rows: Rows) -> int:
         each = rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
-        return max(1, min(_MOST, max_memory // (max(1, each) * max(4, first(x).element_size()))))
+        return max(1, min(most, max_memory // (max(1, each) * max(4, first(x).element_size()))))
 
+    known: Linearized | None = None
     with progress_bar(progress, total) as bar:
         for batch in batches:
-            plan, start = plans.of(batch.inputs), 0
-            if not step:
-                sample = plans.trial(batch.inputs)
-                step = most(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+            sample, start = plans.trial(batch.inputs), 0
+            plan = sample.plan
+            if not step or (known is not None and sample is not known):  # samples of another form need another room
+                step = room(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+            known = sample
             while start < batch.size:
                 if compiled is not None and (done := compiled(plan, batch, start, step, consumers)):
                     start += done
@@ -120,12 +134,9 @@ def sweep(
                 start += rows.samples
                 if bar is not None:
                     bar.update(rows.samples)
-                step = most(rows)
+                step = room(rows)
             if page is not None:
                 page.done(step)
-
-
-_MOST = 1024
 
 
 def _even(left: int, step: int) -> int:

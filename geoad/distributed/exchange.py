@@ -35,7 +35,7 @@ def require_group() -> None:
 class ProcessGroup:
     """The processes of a group of ``torch.distributed``, as a `geoad.kernels.spread.Exchange`.
 
-    Before anything is sent, all processes compare what they are about to do by one message of three numbers: sums of tensors of
+    Before anything is sent, all processes compare what they are about to do by one message of five numbers: sums of tensors of
     different sizes would end (gloo) or stop (nccl) the job. So each call is two messages, or more if it holds very large
     tensors, which are summed in place one by one.
 
@@ -49,9 +49,10 @@ class ProcessGroup:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise GeometryError("this process does not belong to the group it is to work with. Call this in its members only.")
-        backend = str(dist.get_backend(group))
-        by_cuda = "nccl" in backend and "gloo" not in backend
-        self.device = torch.device("cuda", torch.cuda.current_device()) if by_cuda else torch.device("cpu")
+        self.kinds = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
+        self.device = torch.device("cpu")  # of what the processes say to each other
+        if "cpu" not in self.kinds:  # nccl
+            self.device = torch.device(self.kinds[0], torch.get_device_module(self.kinds[0]).current_device())
 
     def __deepcopy__(self, memo: Any) -> ProcessGroup:
         return self
@@ -60,29 +61,31 @@ class ProcessGroup:
 
     def agree(self, call: str) -> None:
         """Raise `ProcessError` in all processes unless all are at the same `call`."""
-        same, failed = self._compared(call)
-        if not same or failed:
-            self._refuse(call, None)
+        self.alike("", call)
 
-    def alike(self, text: str) -> bool:
-        """All processes have the same `text`."""
-        same, failed = self._compared(text)
-        if failed:
-            self._refuse(text, None)
+    def alike(self, text: str, call: str = "compare") -> bool:
+        """All processes have the same `text`; raises `ProcessError` in all of them unless all are at the same `call`."""
+        together, same, failed = self._compared(call, text)
+        if failed or not together:
+            self._refuse(call, None)
         return same
 
-    def _compared(self, text: str, failed: bool = False) -> tuple[bool, bool]:
-        """(all have the same text, some process has failed)."""
-        key = digest(text)
+    def _compared(self, call: str, text: str, failed: bool = False) -> tuple[bool, bool, bool]:
+        """(all are at the same call, all have the same text, some process has failed)."""
+        mine, said = digest(call), digest(text)
         with outside_of_transforms():
-            told = torch.tensor([key, -key, int(failed)], dtype=torch.int64, device=self.device)
-            self._run(lambda: dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group), text)
-            low, high, any_failed = told.tolist()
-        return low == -high, bool(any_failed)
+            told = torch.tensor([mine, -mine, said, -said, int(failed)], dtype=torch.int64, device=self.device)
+
+            def message() -> list[int]:
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+                return told.tolist()
+
+            *keys, any_failed = self._run(message, call)
+        return keys[0] == -keys[1], keys[2] == -keys[3], bool(any_failed)
 
     def _refuse(self, call: str, error: Exception | None) -> None:
         """Raise in all processes what some of them say."""
-        said = self.gathered((call, None if error is None else f"{type(error).__name__}: {error}"))
+        said = self._gathered((call, None if error is None else f"{type(error).__name__}: {error}"))
         if error is not None:
             return
         broken = [f"process {rank}: {words}" for rank, (_, words) in enumerate(said) if words is not None]
@@ -106,7 +109,7 @@ class ProcessGroup:
             raise
         except Exception as error:
             with contextlib.suppress(ProcessError):
-                self._compared(call, failed=True)
+                self._compared(call, "", failed=True)
                 self._refuse(call, error)
             raise
 
@@ -128,13 +131,17 @@ class ProcessGroup:
             flat = tensors[places[0]].clone(memory_format=torch.contiguous_format)
         else:
             flat = torch.cat([tensors[i].reshape(-1) for i in places])
-        self._run(lambda: dist.all_reduce(flat, group=self.group), call)
+
+        def message(each: Tensor) -> None:
+            dist.all_reduce(each, group=self.group)
+
+        flat = self._exchanged(flat, message, call)
         parts = flat.flatten().split([tensors[i].numel() for i in places])
         return {i: part.view(tensors[i].shape) for i, part in zip(places, parts, strict=True)}
 
     def joined(self, stacks: Sequence[Tensor], call: str) -> list[Tensor]:
         """Tensors side by side along the first axis, in the order of the processes: sums of what is padded with zeros."""
-        counts = self.gathered([len(each) for each in stacks])
+        counts = self.gathered([len(each) for each in stacks], call)
         padded: list[Tensor] = []
         for i, each in enumerate(stacks):
             start = sum(count[i] for count in counts[: self.rank])
@@ -143,18 +150,31 @@ class ProcessGroup:
             padded.append(whole)
         return self.sum(padded, call)
 
-    def gathered(self, thing: Any) -> list[Any]:
-        """The (small, picklable) things of all processes."""
+    def gathered(self, thing: Any, call: str = "gather") -> list[Any]:
+        """The (small, picklable) things of all processes; `call` says what they are and must be the same."""
+        self.agree(f"{call}, gathered")
+        return self._gathered(thing)
+
+    def _gathered(self, thing: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
         with outside_of_transforms():
             self._run(lambda: dist.all_gather_object(found, thing, group=self.group), "gather")
         return found
 
     def sent(self, tensor: Tensor, source: int, call: str) -> Tensor:
-        """`tensor` as process `source` of the group has it, written over that of the others."""
+        """`tensor` as process `source` of the group has it, written over that of the others; to be agreed upon before."""
         place = source if self.group is None else dist.get_global_rank(self.group, source)
-        self._run(lambda: dist.broadcast(tensor, place, group=self.group), call)
-        return tensor
+
+        def message(each: Tensor) -> None:
+            dist.broadcast(each, place, group=self.group)
+
+        return self._exchanged(tensor, message, call)
+
+    def _exchanged(self, tensor: Tensor, message: Callable[[Tensor], object], call: str) -> Tensor:
+        """`tensor` after a message that is written into it; by way of another device if the processes know no other."""
+        there = tensor if tensor.device.type in self.kinds else tensor.to(self.device)
+        self._run(lambda: message(there), call)
+        return there.to(tensor.device)
 
     def _run(self, message: Callable[[], T], call: str) -> T:
         try:

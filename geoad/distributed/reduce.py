@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from geoad import operators as ops
 from geoad.charts import Point
-from geoad.distributed.exchange import require_group
+from geoad.distributed.exchange import ProcessGroup
 from geoad.errors import BasePointError, GeometryError, VarianceError
-from geoad.params import first
+from geoad.kernels.spread import fingerprint
 from geoad.tensors import TypedTensor, describe
 from geoad.tensors.rank2 import Rank2
 
@@ -39,7 +39,8 @@ def all_reduce(thing: T, op: str = "mean", *, weight: float | None = None, group
     Raises:
         BasePointError: the processes are at different points.
         VarianceError: `thing` is a point, or a matrix-free object.
-        GeometryError: ``torch.distributed`` is not initialised, or `op` is not known.
+        ProcessError: the processes do not reduce the same thing. Raised in all of them.
+        GeometryError: ``torch.distributed`` is not initialised, `op` is not known, or the weights add up to zero.
 
     ``w = all_reduce(geoad.grad(L)(p), weight=len(x))`` is the differential of the loss over the data of all processes.
     """
@@ -51,19 +52,51 @@ def all_reduce(thing: T, op: str = "mean", *, weight: float | None = None, group
         raise GeometryError(
             f"weight={weight} belongs to op='mean' and must not be negative, found op={op!r}. Scale the summands instead."
         )
-    require_group()
-    share = 1.0
+    processes = ProcessGroup(group)
+    with processes.guarded("all_reduce"):
+        numbers, build = _taken_apart(thing)
+    forms = [(tuple(each.shape), str(each.dtype)) for each in numbers]
+    call = f"all_reduce '{op}' of {_words(thing)} {forms}"
+    processes.agree(call)
+    if isinstance(thing, TypedTensor):
+        _require_same(thing.at, processes, f"reduce {describe(thing)}")
     if op == "mean":
-        mine = 1.0 if weight is None else float(weight)
-        share = mine / float(_summed(torch.tensor(mine, dtype=torch.float64, device=_device_of(thing)), group))
+        share = _share(1.0 if weight is None else float(weight), processes, call)
+        numbers = [share * each for each in numbers]
+    return build(processes.sum(numbers, call))
+
+
+def _words(thing: Any) -> str:
+    return type(thing).__name__ if isinstance(thing, (Tensor, int, float)) else describe(thing)
+
+
+def _share(mine: float, processes: ProcessGroup, call: str) -> float:
+    """w_r / Σ w_r."""
+    total = math.fsum(processes.gathered(mine, f"{call}, weights"))
+    if not 0 < total < math.inf:
+        raise GeometryError(
+            f"the weights of all processes add up to {total:g}, so a mean is undefined. Pass numbers of samples."
+        )
+    return mine / total
+
+
+def _taken_apart(thing: T) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], T]]:
+    """The numbers that `thing` is made of, and what builds the same of others."""
     if isinstance(thing, TypedTensor):
         _require_numbers(thing)
-        require_same_point(thing.at, group, f"reduce {describe(thing)}")
-        return cast(T, thing.map_numbers(lambda numbers: _summed(numbers * share, group)))
+        numbers: list[Tensor] = []
+        thing.map_numbers(lambda each: numbers.append(each) or each)
+
+        def build(others: Sequence[Tensor]) -> T:
+            left = iter(others)
+            return cast(T, thing.map_numbers(lambda _: next(left)))
+
+        return numbers, build
     if isinstance(thing, Tensor):
-        return cast(T, _summed(thing.detach() * share, group))
+        return [thing], lambda others: cast(T, others[0])
     if isinstance(thing, (int, float)) and not isinstance(thing, bool):
-        return cast(T, float(_summed(torch.tensor(thing * share, dtype=torch.float64), group)))
+        number = torch.tensor(float(thing), dtype=torch.float64, device="cpu")
+        return [number], lambda others: cast(T, float(others[0]))
     raise VarianceError(
         f"cannot reduce {describe(thing)} over processes: only typed tensors, plain tensors and numbers add up. Points do not; "
         "processes share one by loading the same state."
@@ -76,25 +109,17 @@ def require_same_point(p: Point, group: Any = None, what: str = "combine what th
     Raises:
         BasePointError: some process is elsewhere.
     """
-    require_group()
-    mine = _fingerprint(p)
-    both = torch.stack([mine, -mine])
-    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
-    if not torch.equal(both[0], -both[1]):
+    _require_same(p, ProcessGroup(group), what)
+
+
+def _require_same(p: Point, processes: ProcessGroup, what: str) -> None:
+    place = f"chart '{p.chart.name}', {list(p.chart.layout.items())}, point {fingerprint(p.blocks)}"
+    if not processes.alike(place, what):
         raise BasePointError(
             f"cannot {what}: the processes are not at the same point of chart '{p.chart.name}' (their components differ). "
             "Tangent spaces at different points are different spaces. Start all processes from the same state_dict and let all "
             "take the same steps."
         )
-
-
-def _fingerprint(p: Point) -> Tensor:
-    """Numbers that agree if the charts look alike and the components are the same bit for bit."""
-    layout = p.chart.layout
-    form = zlib.crc32(repr((p.chart.name, layout, first(p.blocks).dtype)).encode())
-    bits = layout.ravel(p.blocks).detach().contiguous().view(torch.uint8).to(torch.int64)
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return torch.stack([torch.tensor(form, device=bits.device), (bits.flatten() * (places % 1_000_003)).sum()])
 
 
 def _require_numbers(tensor: TypedTensor) -> None:
@@ -103,13 +128,3 @@ def _require_numbers(tensor: TypedTensor) -> None:
             f"{describe(tensor)} is matrix-free: it holds no numbers that could be added up. Reduce its products, "
             "all_reduce(T.mv(v)), or ask for its matrix: representation='dense'."
         )
-
-
-def _device_of(thing: Any) -> Any:
-    return thing.device if isinstance(thing, (Tensor, TypedTensor)) else None
-
-
-def _summed(numbers: Tensor, group: Any) -> Tensor:
-    total = numbers.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total

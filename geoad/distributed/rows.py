@@ -41,7 +41,7 @@ def kernel_rows(rows: Rows, groups: Sequence[Group] | None = None, *, contract: 
     call = f"kernel rows ({contract}) of {list(rows.layout.items())} with {rows.seeds} seeds in {rows.dtype}"
     processes.agree(call)
     metric = [Group(tuple(rows.layout))] if groups is None else list(groups)
-    counts: list[int] = processes.gathered(rows.samples)
+    counts: list[int] = processes.gathered(rows.samples, call)
     options: Any = {"contract": contract, "partners": sum(counts)}
     with processes.guarded(call):
         mine = features(rows, metric, **options)
@@ -56,7 +56,8 @@ def kernel_rows(rows: Rows, groups: Sequence[Group] | None = None, *, contract: 
     start = 0
     for theirs in in_turn([mine], forms, processes, call):
         stop = start + theirs.samples
-        gram(total[:, :, start:stop], dual, theirs)
+        with processes.guarded(call):
+            gram(total[:, :, start:stop], dual, theirs)
         start = stop
     return total
 
@@ -121,16 +122,22 @@ def _tensors(term: Term) -> dict[str, Tensor]:
 
 
 def in_turn(own: Sequence[Features], forms: Forms, processes: ProcessGroup, call: str) -> Iterator[Features]:
-    """The features of all processes, one chunk after another: no more than one of another process is held."""
+    """The features of all processes, one chunk after another: no more than one of another process is held.
+
+    What is done with them belongs into ``processes.guarded``, for before the next chunk, and after the last, all say that they
+    are there.
+    """
     device = own[0].terms[0].left.device
     for source, chunks in enumerate(forms.of):
         for i, form in enumerate(chunks):
             if processes.size == 1:
                 yield own[i]
                 continue
+            processes.agree(f"{call}, chunk {i} of process {source}")
             numbers = _numbers(own[i]) if source == processes.rank else None
             sent = _sent(form, numbers, source, processes, call, device)
             yield own[i] if source == processes.rank else sent
+    processes.agree(f"{call}, all chunks")
 
 
 def _numbers(own: Features) -> list[Tensor]:

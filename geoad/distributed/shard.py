@@ -83,7 +83,7 @@ class Shard(Batches):
             if self.by == "samples" and self.lasting:
                 self._views = list(self._portions())
             self._total = sum(batch_size(inputs) for inputs, _ in self)
-        self.sizes: list[int] = self.processes.gathered(self._total)
+        self.sizes: list[int] = self.processes.gathered(self._total, "count the samples")
         if 0 in self.sizes:
             raise ProcessError(
                 f"the data were sharded by {self.by} over {self.processes.size} processes with {self.sizes} samples: one would "

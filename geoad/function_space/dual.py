@@ -16,6 +16,7 @@ from geoad.fields import FormField
 from geoad.function_space.derivative import Derivative, Kept
 from geoad.function_space.gram import gram
 from geoad.function_space.space import at_home
+from geoad.kernels.conditions import together
 from geoad.kernels.layered import Rows
 from geoad.metrics import Euclidean
 from geoad.params import Blocks, axpy, scale, sub
@@ -82,7 +83,7 @@ class DualSolver:
             raise ChartMismatchError(
                 f"a dual solve takes place at a point of the network, found {describe(p)}. Pass geo.point()."
             )
-        if not bool(torch.as_tensor(damping) > 0):
+        if not float(damping) > 0:
             raise GeometryError(
                 f"damping={float(damping):g}: without a positive multiple of the metric the matrix has rank N·K at most and no "
                 "inverse. Pass damping > 0, or solve by the dense matrix."
@@ -109,8 +110,11 @@ class DualSolver:
             kept.now = field.weighted_seeds(outputs, labels)
             return kept.now
 
-        batches = field.swept(self.at.to(field.home).blocks)
-        sweep(Plans(self._outputs, x), batches, seeds, [kept], max_memory=max_memory, progress=field.progress)
+        def go(consumers: list[Kept], progress: bool) -> None:
+            batches = field.swept(self.at.to(field.home).blocks)
+            sweep(Plans(self._outputs, x), batches, seeds, consumers, max_memory=max_memory, progress=progress)
+
+        together(lambda: go([kept], field.progress), again=lambda: go([], False))
         kernel = gram(kept.rows, groups_of(self.metric, self.at, self.home.chart))
         kept.rows = []
         return kernel

@@ -19,6 +19,7 @@ from geoad.function_space.jacobian import Jacobian
 from geoad.function_space.metric import OutputMetric
 from geoad.kernels import products
 from geoad.kernels.layered import Outputs
+from geoad.kernels.memory import bytes_of
 from geoad.params import Blocks, is_wrapped
 from geoad.tangent.data import Data, space_of
 
@@ -69,7 +70,7 @@ class FunctionSpace:
                 "have no chart."
             )
         _require_order(data)
-        self.geo, self.max_memory = geo, max_memory
+        self.geo, self.max_memory = geo, bytes_of(max_memory)
         self._select = outputs
         self.data = Data(geo, data, None if outputs is None else selecting(outputs))
         self._chart: Chart | None = None

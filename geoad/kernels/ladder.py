@@ -188,6 +188,7 @@ class _Attempt:
 _KINDS = {
     "jvp": "Jacobian products J v",
     "vjp": "Jacobian products wJ",
+    "product": "products JᵀAJ v",
     "gradient": "gradients",
     "hessian": "Hessian products",
     "rows": "rows of products",
@@ -295,6 +296,7 @@ def _first_line(error: RuntimeError) -> str:
 _LACKING = (
     "forward AD",
     "forward-mode AD",
+    "forward mode AD",
     "ZeroTensors are immutable",
     "derivative for",
     "is not implemented",

@@ -29,14 +29,16 @@ from geoad.params import Blocks, Layout, outside_of_transforms, unwrapped
 __all__ = [
     "BlockRows",
     "Factored",
+    "Glance",
     "Linearized",
     "Plan",
     "Rows",
     "UseRows",
+    "glance",
     "joined",
     "linearize",
+    "linearize_together",
     "plan_of",
-    "together",
     "trial",
 ]
 
@@ -94,20 +96,22 @@ def plan_of(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
 
 
 def trial(outputs: Outputs, x: Blocks, sample: Any) -> Linearized:
-    """`sample` linearized by a plan that is made of it: the plan is right for samples of this form.
+    """`sample` linearized by a plan that is made of it: the plan is right for samples of this form."""
+    seen = glance(outputs, x, sample)
+    return _tried(seen.plan, outputs, seen.layout, x, sample)
+
+
+def glance(outputs: Outputs, x: Blocks, sample: Any) -> Glance:
+    """The plan that one evaluation shows; whether samples can be evaluated together is left to `linearize`.
 
     Tapped operations take the parameters as constants, and the graph of the outputs is searched for the parameters: one that is
     still found has a use that no torch function shows (a custom ``autograd.Function``), and is not covered.
     """
     layout = Layout({name: block.shape for name, block in x.items()})
-    return _tried(_seen(outputs, x, sample), outputs, layout, x, sample)
-
-
-def _seen(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
     everything = Plan([], frozenset(x), {})
     plain = unwrapped(x)
     if plain is None:
-        return everything.without_structure("parameters under vmap or the compiler")
+        return Glance(layout, everything.without_structure("parameters under vmap or the compiler"))
     with outside_of_transforms(), one_by_one(), torch.enable_grad():
         leaves = {name: block.detach().requires_grad_() for name, block in plain.items()}
         try:
@@ -115,7 +119,9 @@ def _seen(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
                 f = outputs(leaves, sample)
         except RuntimeError as error:  # a derivative inside of the network that misses its parameters; others come again
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            return everything.without_structure(f"an operation that fails where parameters are constants ({why})")
+            return Glance(
+                layout, everything.without_structure(f"an operation that fails where parameters are constants ({why})")
+            )
         hidden = {id(leaf) for leaf in dependencies([f])}
     seen = {name for use in tap.uses for name in use.names} - set(tap.others) - tap.overwritten()
     covered = frozenset(name for name in seen if id(leaves[name]) not in hidden)
@@ -123,8 +129,9 @@ def _seen(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
         tap.others.setdefault(name, []).append("a function that the tap does not see")
     for name in tap.overwritten():
         tap.others.setdefault(name, []).append("an operation that changes the input of the layer in place")
-    uses = [kept for use in tap.uses if (kept := use.only(covered)) is not None]
-    return Plan(uses, covered, {name: tap.others.get(name, []) for name in x if name not in covered})
+    kept = [(use, a) for each, a in zip(tap.uses, tap.inputs, strict=True) if (use := each.only(covered)) is not None]
+    plan = Plan([use for use, _ in kept], covered, {name: tap.others.get(name, []) for name in x if name not in covered})
+    return Glance(layout, plan, f.detach(), [a.detach().unsqueeze(0) for _, a in kept])
 
 
 def _tried(plan: Plan, outputs: Outputs, layout: Layout, x: Blocks, sample: Any) -> Linearized:
@@ -165,6 +172,17 @@ class Linearized:
         raise NotImplementedError
 
 
+class Glance(Linearized):
+    """One sample as `glance` saw it: its outputs, and what went into the layers, without a graph.
+
+    Where nothing could be seen the outputs are empty, and there is no `outline`.
+    """
+
+    def __init__(self, layout: Layout, plan: Plan, outputs: Tensor | None = None, inputs: Sequence[Tensor] = ()) -> None:
+        self.layout, self.plan, self.inputs = layout, plan, list(inputs)
+        self.outputs = torch.empty(0) if outputs is None else outputs
+
+
 def linearize(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> Linearized:
     """Evaluate a chunk of samples, with the graph for any number of seeds.
 
@@ -184,7 +202,7 @@ def linearize(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Pl
         return climb(_KIND, [("vmap", samples_together), ("loop", lambda: _OneByOne(outputs, layout, x, inputs, plan))])
 
 
-def together(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> Linearized:
+def linearize_together(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> Linearized:
     """`linearize` by this plan or not at all, and all seeds at once: for what is traced."""
     with one_by_one():
         linearized = _Together(outputs, layout, x, inputs, plan)
@@ -371,15 +389,18 @@ class Rows:
             self._write(name, target[place])
 
     def _write(self, name: str, target: Tensor) -> None:
-        """The rows of a block, without another copy where they are products of two matrices."""
+        """The rows of a block, without another copy where they are outer products."""
         uses = self.of(name)
         product = product_of_weight(uses[0].use, uses[0].a, uses[0].back[0], name) if len(uses) == 1 else None
         if product is None or product[0].dtype != target.dtype:
             target.copy_(self.explicit(name).reshape(target.shape))
             return
         left, right = product
-        multiply = torch.mul if left.shape[2] == 1 else torch.bmm
-        multiply(left, right, out=target.view(target.shape[0], left.shape[1], right.shape[2]))
+        place = target.view(target.shape[0], left.shape[1], right.shape[2])
+        if left.shape[2] == 1:
+            torch.mul(left, right, out=place)
+        else:  # bmm is slow where results do not lie side by side
+            place.copy_(left @ right)
 
 
 def joined(name: str, uses: Sequence[UseRows]) -> Tensor:

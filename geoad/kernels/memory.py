@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
 
-__all__ = ["require_memory"]
+__all__ = ["bytes_of", "require_memory"]
 
 _REMEDY = "Use another representation: 'kfac', 'diagonal' or 'implicit'."
+
+
+def bytes_of(max_memory: Any) -> int:
+    """``max_memory=`` as a whole number of bytes.
+
+    Raises:
+        GeometryError: it is no positive number.
+
+    >>> from geoad.kernels.memory import bytes_of
+    >>> bytes_of(1e9)
+    1000000000
+    """
+    if isinstance(max_memory, (int, float)) and math.isfinite(max_memory) and max_memory >= 1:
+        return int(max_memory)
+    raise GeometryError(
+        f"max_memory={max_memory!r} was asked for. It bounds intermediate results and is a number of bytes, at least 1: pass "
+        "e.g. max_memory=2**30 for a GiB."
+    )
 
 
 def require_memory(size: int, what: str, like: Tensor, remedy: str = _REMEDY) -> None:

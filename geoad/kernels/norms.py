@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from geoad.kernels import solves
-from geoad.kernels.spelled import FormulaMode, depth
+from geoad.kernels.spelled import FormulaMode, orders
 
 __all__ = ["SpelledOut", "spelled_out"]
 
 
 def spelled_out() -> AbstractContextManager[Any]:
-    """`SpelledOut` under two or more ``torch.func`` transforms (or the compiler, where they are not seen), else nothing."""
-    return SpelledOut() if depth() > 1 else nullcontext()
+    """`SpelledOut` under derivatives of derivatives by ``torch.func`` (or in the compiler, which hides them), else nothing."""
+    return SpelledOut() if orders() > 1 else nullcontext()
 
 
 class SpelledOut(FormulaMode):

@@ -153,8 +153,23 @@ def _slid(use: ConvUse, a: Tensor, first: int) -> Tensor:
 def patches(use: ConvUse, a: Tensor) -> Tensor:
     """(n, groups, positions, in), where in runs over the channels of a group and the kernel."""
     axes, inside = len(use.kernel), math.prod(use.kernel) * a.shape[-len(use.kernel) - 1] // use.groups
+    if use.shape[-1] <= _NARROW and (len(use.shape) == axes + 1 or use.shape[0] == 1):
+        a = _spread(use, a.reshape(a.shape[0], *a.shape[-axes - 1 :]))
+        places = _places(use, a.shape[1:], a.device)
+        return a.flatten(1).index_select(1, places).reshape(a.shape[0], use.groups, inside, -1).mT
     view = _windows(use, a).permute(0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
     return view.reshape(a.shape[0], use.groups, inside, math.prod(view.shape[3 + axes :])).mT
+
+
+_NARROW = 8
+"""Views are copied in runs of this length: where they are short, it is faster to look up each number."""
+
+
+def _places(use: ConvUse, shape: torch.Size, device: torch.device) -> Tensor:
+    """Where the numbers of the patches lie in a padded input (channels, *space), in the order of `patches`."""
+    axes = len(use.kernel)
+    view = _slid(use, torch.arange(shape.numel(), device=device).reshape(1, *shape), 2)[0]
+    return view.permute(0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes)).flatten()
 
 
 def _windows(use: ConvUse, a: Tensor) -> Tensor:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from geoad.kernels.graph import dependencies, nodes, once_differentiable
 from geoad.kernels.ladder import at_top_level, climb, differentiated_twice, failed_before, refuse_second
+from geoad.kernels.lean import Lean
 from geoad.kernels.norms import SpelledOut
+from geoad.kernels.spelled import apart
 from geoad.params import flatten, is_wrapped
 
-__all__ = ["batched", "gradient", "hessian_product", "jvp", "mapped", "quiet_vmap", "vjp"]
+__all__ = ["batched", "gradient", "hessian_product", "jvp", "mapped", "push_pull", "quiet_vmap", "vjp"]
 
 _jvp: Any = torch.func.jvp  # torch annotates them for has_aux too
 _vjp: Any = torch.func.vjp
@@ -72,6 +74,28 @@ def vjp(fn: Callable[[Any], Any], x: Any, has_aux: bool = False) -> tuple[Any, .
         return (tape.result(tape.value), tape.pull, *tape.aux)
 
     return climb("vjp", [("reverse", by_func), ("autograd", by_autograd)])
+
+
+def push_pull(fn: Callable[[Any], Tensor], x: Any, v: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
+    """(f(x), Df(x) v, pull) with pull(u) = uᵀDf(x): both products of one evaluation, by forward mode inside of reverse mode.
+
+    >>> import torch
+    >>> from geoad.kernels import products
+    >>> f, velocity, pull = products.push_pull(torch.square, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+    >>> f, velocity, pull(velocity)
+    (tensor([1., 4.]), tensor([2., 0.]), tensor([4., 0.]))
+    """
+
+    def together() -> tuple[Any, ...]:
+        with apart():
+            value, pull, velocity = _vjp(lambda y: _jvp(fn, (y,), (v,)), x, has_aux=True)
+        return value, velocity, lambda u: pull(u)[0]
+
+    def in_turn() -> tuple[Any, ...]:
+        value, pull = vjp(fn, x)
+        return value, jvp(fn, x, v)[1], pull
+
+    return cast("tuple[Tensor, Tensor, Callable[[Tensor], Any]]", climb("product", [("forward", together), ("apart", in_turn)]))
 
 
 def gradient(fn: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
@@ -177,7 +201,7 @@ class _Tape:
         keep = torch.is_grad_enabled()
         given, self.build = flatten(x)
         self.leaves = [_leaf(each, keep) for each in given]
-        with torch.enable_grad(), SpelledOut():  # further transforms inside are not seen by the norms
+        with torch.enable_grad(), SpelledOut(), Lean():  # further transforms inside are not seen by the norms
             result = fn(self.build(self.leaves))
         self.value: Any = result[0] if has_aux else result
         self.aux: tuple[Any, ...] = result[1:] if has_aux else ()

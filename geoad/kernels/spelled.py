@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FormulaMode", "depth"]
+__all__ = ["FormulaMode", "apart", "depth", "orders"]
 
 
 def depth() -> float:
@@ -17,6 +19,28 @@ def depth() -> float:
         return float("inf")
     level: int | None = torch._C._functorch.maybe_current_level()  # pyright: ignore
     return 0 if level is None else level
+
+
+class _Local(threading.local):
+    apart = 0
+
+
+_local = _Local()
+
+
+@contextlib.contextmanager
+def apart() -> Generator[None]:
+    """In this block two transforms are nested whose derivatives are not: what the inner one gives is not differentiated."""
+    _local.apart += 1
+    try:
+        yield
+    finally:
+        _local.apart -= 1
+
+
+def orders() -> float:
+    """How many derivatives may be taken of each other by the transforms that are active."""
+    return depth() - _local.apart
 
 
 class FormulaMode(TorchFunctionMode):

@@ -52,12 +52,12 @@ class Exchange(Protocol):
         """Tensors side by side along the first axis, in the order of the processes."""
         ...
 
-    def alike(self, text: str) -> bool:
-        """All processes have the same `text`."""
+    def alike(self, text: str, call: str = "compare") -> bool:
+        """All processes have the same `text`; raise in all of them unless all are at the same `call`."""
         ...
 
-    def gathered(self, thing: Any) -> list[Any]:
-        """The (small, picklable) things of all processes."""
+    def gathered(self, thing: Any, call: str = "gather") -> list[Any]:
+        """The (small, picklable) things of all processes; `call` says what they are and must be the same."""
         ...
 
 
@@ -154,20 +154,34 @@ def fingerprint(tree: Any) -> str:
     leaves = [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
     if _wrapped(leaves):
         return "..."
+    here = [leaf.device.type == "cpu" for leaf in leaves]
+    sums = iter(_sums([leaf for leaf, near in zip(leaves, here, strict=True) if not near]))
     code = 0
-    for leaf in leaves:
-        code = zlib.crc32(f"{tuple(leaf.shape)} {leaf.dtype} {_bits(leaf.detach())}".encode(), code)
+    for leaf, near in zip(leaves, here, strict=True):
+        bits = _checksum(leaf) if near else next(sums)
+        code = zlib.crc32(f"{tuple(leaf.shape)} {leaf.dtype} {bits}".encode(), code)
     return f"{code:08x}"
 
 
-def _bits(tensor: Tensor) -> int:
-    flat = tensor.resolve_conj().contiguous().flatten().view(torch.uint8)
-    if tensor.device.type == "cpu":
-        bits: Any = flat.numpy()
-        return zlib.crc32(bits)
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32).to(torch.int64)
-    places = torch.arange(1, len(padded) + 1, device=flat.device)
-    return int((padded * (2 * places + 1)).sum())
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+
+
+def _checksum(tensor: Tensor) -> int:
+    bits: Any = _bytes(tensor).numpy()
+    return zlib.crc32(bits)
+
+
+def _sums(tensors: Sequence[Tensor]) -> list[int]:
+    """Weighted sums of the bits, made on the device and read at once."""
+    found: list[Tensor] = []
+    for tensor in tensors:
+        flat = _bytes(tensor)
+        padded = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32).to(torch.int64)
+        places = torch.arange(1, len(padded) + 1, device=flat.device)
+        found.append((padded * (2 * places + 1)).sum())
+    where = found[0].device if found else None
+    return torch.stack([each.to(where) for each in found]).tolist() if found else []
 
 
 def digest(text: str) -> int:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from geoad.kernels.spelled import depth
 from geoad.kernels.uses import Part, Use
-from geoad.params import flatten
 
 __all__ = ["RULES", "Tap", "tapped"]
 
@@ -70,7 +69,7 @@ class Tap(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _DERIVATIVES:
             self._note_all(resolve_name(func) or "a derivative")
-        leaves = flatten((args, kwargs))[0]
+        leaves = list(_tensors([*args, *kwargs.values()]))
         if not any(id(leaf) in self._parts for leaf in leaves):
             return func(*args, **kwargs)
         rule = RULES.get(func)
@@ -141,6 +140,17 @@ class Tap(TorchFunctionMode):
                 return result
             self._parts[id(view)] = (seen, view, start)
         return result
+
+
+def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among the arguments of a torch function."""
+    for each in given:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (list, tuple)):
+            yield from _tensors(cast("Sequence[Any]", each))
+        elif isinstance(each, dict):
+            yield from _tensors(cast("dict[Any, Any]", each).values())
 
 
 def _levels() -> tuple[float, int]:

@@ -61,7 +61,7 @@ def _well_conditioned(generator: torch.Generator | None, size: int) -> Tensor:
     """I + G/(4 √n): singular values between about 1/2 and 3/2 at any size, no structure."""
     if size == 1:
         return (draw(generator, 1, 1) / 4).exp()
-    return torch.eye(size, dtype=torch.float64) + draw(generator, size, size) / (4 * math.sqrt(size))
+    return torch.eye(size, dtype=torch.float64, device="cpu") + draw(generator, size, size) / (4 * math.sqrt(size))
 
 
 def _require_regular(matrix: Tensor, given: Tensor, what: str) -> None:
@@ -164,7 +164,7 @@ class Affine(Diffeomorphism):
             )
         matrix, shift = self._matrix, self._shift
         if matrix is None:
-            matrix = _well_conditioned(self.generator, d) if self._draws else torch.eye(d, dtype=torch.float64)
+            matrix = _well_conditioned(self.generator, d) if self._draws else torch.eye(d, dtype=torch.float64, device="cpu")
         if shift is None:
             shift = draw(self.generator, d) / 10 if self._draws else matrix.new_zeros(d)
         self._matrix = self._shift = None

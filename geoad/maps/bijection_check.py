@@ -234,7 +234,7 @@ def _inverse_jacobians(pair: Pair, x: Tensor, y: Tensor, jacobian: Tensor | None
         return bool(((product - 1).abs() <= tolerance).all())
     if jacobian is not None:
         product = matrix(pair.backward, y) @ jacobian
-        return bool(((product - torch.eye(x.numel(), dtype=x.dtype)).abs() <= tolerance).all())
+        return bool(((product - torch.eye(x.numel(), dtype=x.dtype, device=x.device)).abs() <= tolerance).all())
     v = draw(torch.Generator().manual_seed(3), *x.shape)
     back = push(pair.backward, y, push(pair.forward, x, v))
     return bool((back - v).abs().max() <= 1e-6 * v.abs().max())

@@ -231,7 +231,7 @@ class Coupling(Diffeomorphism):
 
     def _first_half(self, layout: Layout) -> Tensor:
         if self.split is None:
-            return torch.arange(layout.dim) % 2 == 0
+            return torch.arange(layout.dim, device="cpu") % 2 == 0
         unused = [each for each in self.split if not any(fnmatchcase(name, each) for name in layout.names)]
         if unused:
             raise GeometryError(
@@ -239,7 +239,7 @@ class Coupling(Diffeomorphism):
                 "halves would not be the ones you mean; mend split=."
             )
         parts = [
-            torch.full((size,), any(fnmatchcase(name, each) for each in self.split))
+            torch.full((size,), any(fnmatchcase(name, each) for each in self.split), device="cpu")
             for name, size in zip(layout.names, layout.sizes, strict=True)
         ]
         return torch.cat(parts)
@@ -321,5 +321,5 @@ def _units(layout: Layout, scale: float | None) -> Tensor:
         weight = f"{layer}{dot}weight"
         sized = layout[weight] if last == "bias" and weight in layout else shape
         unit = scale or (1 / math.sqrt(max(1, sized[1:].numel())) if len(sized) >= 2 else 1.0)
-        parts.append(torch.full((shape.numel(),), unit, dtype=torch.float64))
+        parts.append(torch.full((shape.numel(),), unit, dtype=torch.float64, device="cpu"))
     return torch.cat(parts)

@@ -242,7 +242,7 @@ def _map(tensor: str, modules: Any, parts: dict[str, Part], kind: str | None) ->
     device = next(modules.buffers()).device
     found, making = classify(tensor, modules.cpu(), parts, kind)
     making.to(device)
-    return _MAPS[found](making), making.originals(torch.zeros((), dtype=torch.float64))
+    return _MAPS[found](making), making.originals(torch.zeros((), dtype=torch.float64, device="cpu"))
 
 
 def _asked(kind: str | Mapping[str, str] | None, tensor: str) -> str | None:

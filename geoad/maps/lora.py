@@ -76,7 +76,7 @@ class LoRA(SmoothMap):
     def prepare_parts(self, layout: Layout) -> None:
         name = layout.names[0]
         self._from_zero = self.base is None
-        base = {name: torch.zeros(self._shape)} if self._from_zero else self.base
+        base = {name: torch.zeros(self._shape, device="cpu")} if self._from_zero else self.base
         self.base = None
         self.register_buffer("frozen", anchored(base, layout, "LoRA", "the weights W₀ that it adapts")[name])
         device = torch.device("cpu") if self.generator is None else self.generator.device

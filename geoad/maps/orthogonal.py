@@ -221,7 +221,8 @@ class Orthogonal(_Mixing):
 
 def _require_orthogonal(matrix: Tensor, given: Any) -> None:
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    off = float((matrix.mT @ matrix - torch.eye(len(matrix), dtype=matrix.dtype)).abs().max()) if square else float("nan")
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    off = float((matrix.mT @ matrix - eye).abs().max()) if square else float("nan")
     dtype = given.dtype if isinstance(given, Tensor) and given.is_floating_point() else torch.float64
     if not square or off > 100 * torch.finfo(dtype).eps * max(1, len(matrix)) ** 0.5:
         raise GeometryError(

@@ -165,7 +165,7 @@ def _checked(facts: Facts, kind: str) -> Kind:
 def _require_function(name: str, making: Making) -> None:
     """Refuse what has two values for one ψ: what draws at random, or changes its buffers."""
     twin = copy.deepcopy(making)
-    start = twin.originals(torch.zeros((), dtype=torch.float64))
+    start = twin.originals(torch.zeros((), dtype=torch.float64, device="cpu"))
     first, second = twin.make(start), twin.make(start)
     held = dict(making.hosted.module.named_buffers())
     changed = any(not torch.equal(value, held[key]) for key, value in twin.hosted.module.named_buffers())
@@ -179,7 +179,7 @@ def _require_function(name: str, making: Making) -> None:
 
 
 def _examine(name: str, making: Making) -> tuple[Facts, dict[str, Tensor]]:
-    start = making.originals(torch.zeros((), dtype=torch.float64))
+    start = making.originals(torch.zeros((), dtype=torch.float64, device="cpu"))
     layout = Layout({f"_{key}": value.shape for key, value in start.items()})
     flat = layout.ravel({f"_{key}": value for key, value in start.items()})
 
@@ -190,7 +190,7 @@ def _examine(name: str, making: Making) -> tuple[Facts, dict[str, Tensor]]:
         return making.make(parts(vector)).reshape(-1)
 
     theta = make(flat)
-    everything = torch.ones(flat.numel(), dtype=torch.bool)
+    everything = torch.ones(flat.numel(), dtype=torch.bool, device=flat.device)
     jacobians: list[Tensor] = []
     used = everything
     if flat.numel() * theta.numel() <= DENSE:

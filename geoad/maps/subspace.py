@@ -78,7 +78,7 @@ class Subspace(Immersion):
         if basis is None:
             return int(self.get_buffer("triangle").shape[-1])
         if isinstance(basis, Mapping):
-            basis = next(iter(cast("Mapping[str, Any]", basis).values()), torch.empty(0))
+            basis = next(iter(cast("Mapping[str, Any]", basis).values()), torch.empty(0, device="cpu"))
         return basis if isinstance(basis, int) else int(torch.as_tensor(basis).shape[-1])
 
     def part_shapes(self, shape: Any) -> dict[str, tuple[int, ...]]:
@@ -87,7 +87,7 @@ class Subspace(Immersion):
     def prepare_parts(self, layout: Layout) -> None:
         frame, triangle = torch.linalg.qr(self._matrix(layout))
         if isinstance(self.basis, int) and self.orthonormal:
-            triangle = torch.eye(self.columns, dtype=frame.dtype)
+            triangle = torch.eye(self.columns, dtype=frame.dtype, device=frame.device)
         spectrum = torch.linalg.svdvals(triangle)
         if not bool(spectrum[-1] > max(frame.shape) * torch.finfo(frame.dtype).eps * spectrum[0]):
             raise GeometryError(
@@ -97,10 +97,10 @@ class Subspace(Immersion):
             )
         self.register_buffer("frame", frame)
         self.register_buffer("triangle", triangle)
-        eye = torch.eye(self.columns, dtype=triangle.dtype)
+        eye = torch.eye(self.columns, dtype=triangle.dtype, device=triangle.device)
         self.register_buffer("inverse", torch.linalg.solve_triangular(triangle, eye, upper=True))
         offset = None if self.base is None else anchored(self.base, layout, "Subspace", "its offset")
-        zeros = torch.zeros(layout.dim, dtype=torch.float64)
+        zeros = torch.zeros(layout.dim, dtype=torch.float64, device=frame.device)
         self.register_buffer("offset", zeros if offset is None else layout.ravel(offset).clone())
         self.basis = self.base = None
 

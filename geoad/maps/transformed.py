@@ -89,7 +89,7 @@ class Transformed(BlockMap):
     def made(self) -> Transform:
         """The transform, for a look at its structure."""
         try:
-            made = self._apply_transform(torch.zeros(()), lambda each: each)
+            made = self._apply_transform(torch.zeros((), device="cpu"), lambda each: each)
         except (TypeError, AttributeError, RuntimeError) as error:
             raise GeometryError(
                 f"{self.title} failed to make a transform when it was called with "
@@ -110,7 +110,7 @@ class Transformed(BlockMap):
         for module in self.modules():  # a copy of the recipe's: caches would keep tensors of torch.func beyond their time
             if isinstance(module, Transform):
                 module.__dict__.update(FRESH)
-        like = torch.zeros((), dtype=torch.float64)
+        like = torch.zeros((), dtype=torch.float64, device="cpu")
         domain = self._apply_transform(like, lambda made: made.domain)
         pair = Pair(self.title, self._raw, self._raw_inverse, self._raw_volume, domain, self.elementwise)
         found = examine(pair, shape)

@@ -88,22 +88,25 @@ class Use:
     training: bool
 
 
-_FEW = 32
+_FEW = 8
+_FEW_IN_TRAINING = 32
+"""Layers that drop whole samples now and then have to be caught at it."""
 
 
 def _look_at_few(use: Use, run: Run, theta: Blocks, args: Any) -> None:
     """Look at some of the samples of a large batch, if the network takes them: what they show is true of all."""
     axes = [each.shape[0] for each in _tensors(args) if each.ndim]
-    if not axes or axes[0] <= _FEW:
+    few = _FEW_IN_TRAINING if use.training else _FEW
+    if not axes or axes[0] <= few:
         _look_twice(use, run, theta, args)
         return
-    few = _mapped(args, lambda each: each[:_FEW] if each.ndim and each.shape[0] == axes[0] else each)
+    part = _mapped(args, lambda each: each[:few] if each.ndim and each.shape[0] == axes[0] else each)
     try:
-        with torch.no_grad():
-            run(theta, few)
+        _look_twice(use, run, theta, part)
+    except UnsupportedModuleError:
+        raise
     except Exception:  # a network for batches of one size
-        few = args
-    _look_twice(use, run, theta, few)
+        _look_twice(use, run, theta, args)
 
 
 def _look_twice(use: Use, run: Run, theta: Blocks, args: Any) -> None:
@@ -114,7 +117,7 @@ def _look_twice(use: Use, run: Run, theta: Blocks, args: Any) -> None:
         inputs = _mapped(
             args, lambda each: each.detach().clone()
         )  # should the network write into them, the second look shows it
-        first, second = _Look(run, theta, inputs), _Look(run, theta, inputs)
+        first, second = _Look(run, theta, inputs), _Look(run, theta, inputs, again=True)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -168,18 +171,43 @@ def _compare(net: nn.Module, run: Run, theta: Blocks, samples: list[Any], varies
         return True  # not single samples
     if all(torch.equal(a, b) for a, b in varied):
         return False
-    joined = iter([torch.cat([a, b]) if both else a for a, b, both in pairs])
+    joined = iter([torch.cat([a, b, a]) if both else a for a, b, both in pairs])
     with torch.no_grad():
-        both = next(_tensors(run(theta, _mapped(samples[0], lambda _: next(joined)))), None)
-        alone = [next(_tensors(run(theta, each)), None) for each in samples]
-    if both is None or both.ndim == 0 or len(both) != 2 or any(each is None or len(each) != 1 for each in alone):
+        together = next(_tensors(run(theta, _mapped(samples[0], lambda _: next(joined)))), None)
+        alone = next(_tensors(run(theta, samples[0])), None)
+    if together is None or together.ndim == 0 or len(together) != 3 or alone is None or len(alone) != 1:
         return True  # no outputs by sample
-    if not _close([both], [torch.cat([each for each in alone if each is not None])], 1e6):
+    # beside another sample, before and after it
+    pair = [together[:1], together[2:]]
+    if not _close(pair, [alone, alone], 1e6) and not _close(pair, [alone, alone], 1e6, _coarsest(run, theta, samples[0])):
         raise UnsupportedModuleError(
             f"the outputs of {_name(net)} for one sample depend on the other samples of the batch, so it has no Jacobian of a "
             "single sample. Objects of whole batches work: representation='implicit'."
         )
     return True
+
+
+def _coarsest(run: Run, theta: Blocks, args: Any) -> float:
+    """The rounding of the coarsest numbers in an evaluation: layers of another dtype, or norms that cast, round by theirs."""
+    precision = _Precision()
+    with torch.no_grad(), precision:
+        run(theta, args)
+    return precision.eps
+
+
+class _Precision(TorchFunctionMode):
+    """Notes the coarsest floating point type that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in _tensors(result):
+            if each.is_floating_point() or each.is_complex():
+                self.eps = max(self.eps, torch.finfo(each.dtype).eps)
+        return result
 
 
 _PROBE = "_geoad_probe"
@@ -188,18 +216,18 @@ _PROBE = "_geoad_probe"
 class _Look(TorchFunctionMode):
     """One evaluation on leaves of its own, and what it is found to depend on."""
 
-    def __init__(self, run: Run, theta: Blocks, args: Any) -> None:
+    def __init__(self, run: Run, theta: Blocks, args: Any, again: bool = False) -> None:
         super().__init__()
         self.stopped = self.checkpointed = False
         self.leaves = {name: block.detach().clone().requires_grad_() for name, block in theta.items()}
         for name, leaf in self.leaves.items():
             setattr(leaf, _PROBE, name)  # to be known again, should the network keep something that was computed from it
         self.weights = {name: leaf.clone() for name, leaf in self.leaves.items()}
-        with self:
+        with contextlib.nullcontext() if again else self:  # where gradients are switched off, the first look has seen
             result = run(self.weights, args)
         self.outputs = list(_tensors(result))
-        self.dependencies = dependencies(self.outputs)
         self.nodes = nodes(self.outputs)
+        self.dependencies = dependencies(self.outputs, self.nodes)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -297,15 +325,15 @@ def _mapped(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _close(first: list[Tensor], second: list[Tensor], roundings: float) -> bool:
-    """Equal up to what other orders of summation may change."""
+def _close(first: list[Tensor], second: list[Tensor], roundings: float, coarsest: float = 0.0) -> bool:
+    """Equal up to what other orders of summation may change, in the `coarsest` precision that took part."""
     if [each.shape for each in first] != [each.shape for each in second]:
         return False
     for a, b in zip(first, second, strict=True):
         if not (a.is_floating_point() or a.is_complex()) or torch.equal(a, b):
             continue
         a, b = a.detach(), b.detach()
-        eps = torch.finfo(a.dtype).eps
+        eps = max(torch.finfo(a.dtype).eps, coarsest)
         size = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
         if not torch.allclose(a, b, rtol=0.0, atol=min(roundings * eps, eps**0.5) * size, equal_nan=True):
             return False

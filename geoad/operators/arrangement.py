@@ -126,7 +126,7 @@ class Arrangement:
 
     def places(self, layout: Layout) -> Tensor:
         """Where the entries of the tensor lie in the raveled blocks, (groups, o, i)."""
-        return self.matrix(layout, layout.unravel(torch.arange(layout.dim))).long()
+        return self.matrix(layout, layout.unravel(torch.arange(layout.dim, device="cpu"))).long()
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def _(operator: BlockDiagonal) -> Tensor:
     for group, part in operator.parts.items():
         places = [torch.arange(slices[name].start, slices[name].stop, device=matrix.device) for name in part.layout.names]
         where = torch.cat(places)
-        matrix[..., where.unsqueeze(-1), where] = found[group]
+        matrix[..., where.unsqueeze(-1), where] = found[group].to(matrix.dtype)  # autocast gives some of them its own
     return matrix
 
 

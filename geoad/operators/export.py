@@ -47,7 +47,7 @@ def to_scipy(operator: LinearOperator) -> Any:
 
         return apply
 
-    dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+    dtype = torch.empty(0, dtype=like.dtype, device="cpu").numpy().dtype
     return linalg.LinearOperator(
         shape=(operator.dim, operator.dim), matvec=on_numpy(operator.mv), rmatvec=on_numpy(operator.rmv), dtype=dtype
     )

@@ -102,7 +102,7 @@ class LowRank(LinearOperator):
         assert coefficients is not None
         coefficients = coefficients if self.signs is None else coefficients * self.signs
         result = {
-            name: _columns(self.factors[name], coefficients, len(shape), True).reshape(*coefficients.shape[:-1], *shape)
+            name: _columns(self.factors[name], coefficients, len(shape), True).reshape((*coefficients.shape[:-1], *shape))
             for name, shape in self.layout.items()
         }
         return result if self.base is None else add(result, self.base.mv(v))

@@ -91,6 +91,7 @@ class Evolution:
         if not self.snapshots:
             raise GeometryError("nothing has been recorded yet. Call the recorder after a step: record().")
         names = ("trace", "frobenius", "effective_rank", "target_alignment", "initial_alignment", "velocity")
-        steps = torch.tensor([each.step for each in self.snapshots])
-        columns = {name: torch.tensor([getattr(each, name) for each in self.snapshots], dtype=torch.float64) for name in names}
+        steps = torch.tensor([each.step for each in self.snapshots], device="cpu")
+        found = {name: [getattr(each, name) for each in self.snapshots] for name in names}
+        columns = {name: torch.tensor(values, dtype=torch.float64, device="cpu") for name, values in found.items()}
         return {"step": steps, **columns, "eigenvalues": torch.stack([each.eigenvalues for each in self.snapshots])}

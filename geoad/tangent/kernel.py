@@ -15,6 +15,7 @@ from geoad.errors import GeometryError
 from geoad.fields import FormField
 from geoad.fields.scalar import require_point
 from geoad.kernels.kernel_gram import CONTRACTIONS
+from geoad.kernels.memory import bytes_of
 from geoad.metrics import Euclidean
 from geoad.params import detach
 from geoad.tangent.data import Data, space_of
@@ -91,7 +92,7 @@ def ntk(
         outputs=outputs,
         contract=contract,
         representation=representation,
-        max_memory=max_memory,
+        max_memory=bytes_of(max_memory),
         progress=progress,
     )
 

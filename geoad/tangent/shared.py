@@ -35,10 +35,11 @@ def shared_rows(request: Request, theta: Blocks) -> tuple[slice, Tensor]:
     start = 0
     for theirs in in_turn([chunk.plain for chunk in sides[1]], forms, processes, call):
         place, low = slice(start, start + theirs.samples), 0
-        for chunk in sides[0]:
-            rows = slice(low, low + chunk.dual.samples)
-            gram(total[:, rows, place] if total.ndim == 3 else total[rows, :, place], chunk.dual, theirs)
-            low = rows.stop
+        with processes.guarded(call):
+            for chunk in sides[0]:
+                rows = slice(low, low + chunk.dual.samples)
+                gram(total[:, rows, place] if total.ndim == 3 else total[rows, :, place], chunk.dual, theirs)
+                low = rows.stop
         start = place.stop
     shaped = total if total.ndim == 3 or request.contract == "none" else total[:, 0, :, 0]
     return _place(request.left), shaped.to(first(theta).dtype)
@@ -61,7 +62,7 @@ def _sides(request: Request, theta: Blocks, processes: ProcessGroup, call: str) 
         forms = forms_of([chunk.plain for chunk in right], processes)
         names = {frozenset(term.names for term in chunk.plain.terms) for chunk in left}
         own = all(frozenset(term.names for term in chunk.plain.terms) in names for chunk in right) and len(names) == 1
-        if processes.alike(f"structure {own}") and own and forms.alike:
+        if processes.alike(f"structure {own}", call) and own and forms.alike:
             break
     return (left, right), forms
 

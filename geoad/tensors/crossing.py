@@ -98,7 +98,7 @@ def _verified(tensor: Rank2, moved: LinearOperator, there: Point, phi: Reparamet
 def _random(chart: Chart, at: Point, tensor: Rank2, generator: torch.Generator) -> Blocks:
     """A random vector, the same at every point of a batch."""
     return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        name: torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
         .to(tensor.device, tensor.dtype)
         .expand((*at.batch_shape, *shape))
         for name, shape in chart.layout.items()

@@ -353,7 +353,7 @@ def _require_not_negative(tensor: TypedTensor, sign: Tensor) -> None:
 def _below_a_map(error: SingularMetricError, home: Chart) -> SingularMetricError:
     """The error, with what helps where the reference metric is singular itself."""
     space = home.space
-    if space.parent is None or space.parent.map.law == "submersion":
+    if space.parent is None:
         return error
     return SingularMetricError(
         f"{error} In chart '{home.name}', below a map that need not be one to one, the reference metric may be singular too; "

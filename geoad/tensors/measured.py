@@ -15,7 +15,7 @@ from geoad.operators.algebra import diagonal_of
 from geoad.operators.spectra import noise_of, powers
 from geoad.params import map_blocks
 from geoad.tensors.base import HANDLERS, describe, require_same_place
-from geoad.tensors.forms import Form, InnerProduct, Metric, reference_metric
+from geoad.tensors.forms import Form, InnerProduct, Metric, reference_metric, seen_from
 from geoad.tensors.rank1 import Vector
 from geoad.tensors.rank2 import common_home
 
@@ -58,7 +58,7 @@ def power(form: Form, p: float, metric: Any = None) -> Form:
         raised = ops.times(g.factor ** (1 - p), ops.power(b, p), positive=True)
     else:
         raised = _power_between(b, g, float(p))
-    return (Metric if isinstance(form, InnerProduct) else Form)(form.chart, raised, form.at, home=home)
+    return seen_from(Metric if isinstance(form, InnerProduct) else Form, home, raised, form.at)
 
 
 def _power_between(b: LinearOperator, g: LinearOperator, p: float) -> LinearOperator:

@@ -12,6 +12,7 @@ from torch import Tensor
 from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.conditions import holds
 from geoad.params import is_wrapped
 
 __all__ = ["Likelihood", "RealTargets", "described", "readable"]
@@ -120,6 +121,11 @@ class Likelihood(ABC):
                 f"{type(self).__name__} was asked for a quantity that depends on the labels, and the data have none. Pass the "
                 "data as (x, y), or use kind='exact', which needs no labels."
             )
+        if isinstance(targets, Tensor) and targets.device != outputs.device:
+            raise GeometryError(
+                f"the targets are on {targets.device}, the outputs of the network on {outputs.device}, and numbers of two "
+                f"devices do not mix. Move them: y.to('{outputs.device}')."
+            )
 
 
 class RealTargets(Likelihood):
@@ -147,7 +153,7 @@ class RealTargets(Likelihood):
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)
         y = self.real(outputs, targets)
-        if readable(y) and not bool(y.isfinite().all()):
+        if readable(y) and not holds(y.isfinite().all()):
             raise GeometryError(
                 f"{int((~y.isfinite()).sum())} of {y.numel()} targets are not finite. The curvature would be nan throughout; "
                 "drop these samples."

@@ -12,6 +12,7 @@ from torch import Tensor
 from geoad.curvature.likelihoods.base import Likelihood, described, readable
 from geoad.curvature.likelihoods.roots import positions, spread, wide
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import holds
 
 __all__ = ["Categorical"]
 
@@ -76,7 +77,8 @@ class Categorical(Likelihood):
         p = wide(outputs.detach()).movedim(self.axis, -1).softmax(-1)
         if p.numel() == 0:
             return p.new_empty(p.shape[:-1], dtype=torch.int64)
-        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
+        # as torch.multinomial draws one label, which waits for the device to look at p: the first of exponential clocks
+        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
     def matrix(self, outputs: Tensor, targets: Any = None) -> Tensor:
         """The blocks of A, (n, ..., c, c), with the class axis moved to the end."""
@@ -121,8 +123,9 @@ class Categorical(Likelihood):
             self._check_probabilities(targets)
             return
         classes = outputs.shape[self.axis]
-        counted = targets if self.ignore_index is None else targets[targets != self.ignore_index]
-        if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
+        fit = (targets >= 0) & (targets < classes)
+        if not holds((fit if self.ignore_index is None else fit | (targets == self.ignore_index)).all()):
+            counted = targets if self.ignore_index is None else targets[targets != self.ignore_index]
             ignored = "no label is ignored" if self.ignore_index is None else f"ignored: {self.ignore_index}"
             raise GeometryError(
                 f"labels must lie between 0 and {classes - 1}: outputs of shape {tuple(outputs.shape)} have {classes} "
@@ -133,7 +136,7 @@ class Categorical(Likelihood):
     def _check_probabilities(self, targets: Tensor) -> None:
         total = wide(targets).sum(self.axis)
         near = torch.finfo(targets.dtype).eps * 8 * targets.shape[self.axis]
-        if not bool(((targets >= 0).all()) & ((total - 1).abs() <= max(near, 1e-5)).all()):
+        if not holds(((targets >= 0).all()) & ((total - 1).abs() <= max(near, 1e-5)).all()):
             raise GeometryError(
                 "targets in the shape of the outputs are class probabilities: not negative, with sum 1 everywhere; found "
                 f"values from {float(targets.min()):.4g} to {float(targets.max()):.4g}, sums from {float(total.min()):.4g} "

@@ -11,6 +11,7 @@ from torch.nn import functional
 from geoad.curvature.likelihoods.base import RealTargets, readable
 from geoad.curvature.likelihoods.roots import diagonal_root, wide
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import holds
 
 __all__ = ["Bernoulli", "Poisson"]
 
@@ -44,7 +45,7 @@ class Bernoulli(RealTargets):
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)
         y = self.real(outputs, targets)
-        if readable(y) and y.numel() and (float(y.min()) < 0 or float(y.max()) > 1):
+        if readable(y) and not holds(((y >= 0) & (y <= 1)).all()):
             raise GeometryError(
                 f"targets of a Bernoulli likelihood lie between 0 and 1, found {float(y.min()):.4g} to {float(y.max()):.4g}. "
                 "Recode them (-1 and 1: (y + 1) / 2), or use 'categorical' for more classes."
@@ -78,7 +79,7 @@ class Poisson(RealTargets):
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)
         y = self.real(outputs, targets)
-        if readable(y) and y.numel() and float(y.min()) < 0:
+        if readable(y) and not holds((y >= 0).all()):
             raise GeometryError(
                 f"the targets of a Poisson likelihood are counts, found {float(y.min()):.4g} as the smallest. Real numbers of "
                 "either sign go with 'gaussian'."

@@ -29,7 +29,8 @@ class Gaussian(RealTargets):
 
     def __init__(self, covariance: float | Tensor = 1.0) -> None:
         # numbers keep all their digits, whatever the default dtype is
-        given = covariance if isinstance(covariance, Tensor) else torch.tensor(covariance, dtype=torch.float64)
+        self.number = None if isinstance(covariance, Tensor) else float(covariance)
+        given = covariance if isinstance(covariance, Tensor) else torch.tensor(covariance, dtype=torch.float64, device="cpu")
         self.covariance = given if given.is_floating_point() else given.to(torch.float64)
         if self.covariance.ndim < 2:
             if not bool(((self.covariance > 0) & self.covariance.isfinite()).all()):
@@ -66,7 +67,7 @@ class Gaussian(RealTargets):
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         if self.covariance.ndim < 2:
             return mean + self._covariance(mean).detach().sqrt() * noise
-        factor = torch.linalg.cholesky(self._wide_covariance(mean).detach()).to(mean.dtype)
+        factor = _cholesky(self._wide_covariance(mean).detach()).to(mean.dtype)
         return mean + noise @ factor.mT
 
     def root(self, outputs: Tensor, targets: Any = None) -> Tensor:
@@ -80,7 +81,7 @@ class Gaussian(RealTargets):
         """The factor to ``F.mse_loss``: 2σ²/C, for one σ² only."""
         if self.covariance.numel() > 1:
             return super(RealTargets, self).mean_factor(outputs_shape)
-        return 2 * float(self.covariance) / numbers_of_a_sample(outputs_shape)
+        return 2 * (float(self.covariance) if self.number is None else self.number) / numbers_of_a_sample(outputs_shape)
 
     def check(self, outputs: Tensor) -> None:
         super().check(outputs)
@@ -92,6 +93,8 @@ class Gaussian(RealTargets):
             )
 
     def _covariance(self, like: Tensor) -> Tensor:
+        if self.number is not None:  # made there: nothing is sent to a device
+            return like.new_full((), self.number)
         return self.covariance.to(device=like.device, dtype=like.dtype)
 
     def _wide_covariance(self, like: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class Gaussian(RealTargets):
 
     def _whitening(self, like: Tensor) -> Tensor:
         """L⁻¹ with Σ = L Lᵀ, computed in the wider precision of Σ and `like`."""
-        factor = torch.linalg.cholesky(self._wide_covariance(like))
+        factor = _cholesky(self._wide_covariance(like))
         eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         return torch.linalg.solve_triangular(factor, eye, upper=False).to(like.dtype)
 
@@ -107,9 +110,14 @@ class Gaussian(RealTargets):
         """½ log det 2πΣ of a sample."""
         count = numbers_of_a_sample(outputs.shape)
         if self.covariance.ndim == 2:
-            factor = torch.linalg.cholesky(self._wide_covariance(outputs))
+            factor = _cholesky(self._wide_covariance(outputs))
             logdet = 2 * factor.diagonal().log().sum() * (count // len(factor))
         else:
             variances = self._covariance(wide(outputs)).expand(outputs.shape[-1])
             logdet = variances.log().sum() * (count // max(outputs.shape[-1], 1))
         return (0.5 * (logdet + count * math.log(2 * math.pi))).to(outputs.dtype)
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """The factor of a matrix that is known to be positive definite: torch.linalg.cholesky waits for the device to check it."""
+    return torch.linalg.cholesky_ex(covariance)[0]

@@ -12,6 +12,7 @@ from geoad.curvature.likelihoods.base import Likelihood, readable
 from geoad.curvature.likelihoods.roots import numbers_of_a_sample, signed_root, spread, spread_signs, wide
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.conditions import holds
 from geoad.params import flatten
 
 __all__ = ["Loss", "OutputMatrix"]
@@ -56,8 +57,8 @@ class OutputMatrix(Likelihood):
     def _root(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         a = wide(self.matrix(outputs, targets))
         if readable(a) and a.numel():
-            off, size = float((a - a.mT).abs().max()), float(a.abs().max())
-            if not off <= 1e3 * torch.finfo(a.dtype).eps * size:
+            off, size = (a - a.mT).abs().max(), a.abs().max()
+            if not holds(off <= 1e3 * torch.finfo(a.dtype).eps * size):
                 raise GeometryError(
                     f"the matrix of OutputMatrix must be symmetric and finite: its entries reach {size:.3g} and differ from "
                     f"the transposed ones by up to {off:.3g}. Only the symmetric part is a curvature: return (A + A.mT) / 2."
@@ -158,7 +159,7 @@ class Loss(Likelihood):
                     f"the loss is taken sample by sample: outputs have shape {tuple(outputs.shape)}, but a target has shape "
                     f"{tuple(leaf.shape)}. Give every target a sample axis of length {len(outputs)} in front."
                 )
-            if leaf.is_floating_point() and readable(leaf) and bool(leaf.isnan().any()):
+            if leaf.is_floating_point() and readable(leaf) and not holds(~leaf.isnan().any()):
                 raise GeometryError(
                     f"{int(leaf.isnan().sum())} of {leaf.numel()} targets are nan. The curvature would be nan throughout; drop "
                     "these samples."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
+from geoad.kernels.conditions import holds
 from geoad.params import is_wrapped
 
 __all__ = ["diagonal_root", "numbers_of_a_sample", "positions", "signed_root", "spread", "spread_signs", "wide"]
@@ -83,7 +84,7 @@ def _require_semidefinite(values: Tensor, what: str) -> None:
     largest = values.abs().amax(-1)
     rounding = 16 * size * torch.finfo(values.dtype).eps * largest
     bad = values.amin(-1) < -rounding
-    if bool(bad.any()):
+    if not holds(~bad.any()):
         raise GeometryError(
             f"{what} is not positive semidefinite: its smallest eigenvalue is {float(values.min()):.3g}, its largest "
             f"{float(values.max()):.3g} ({int(bad.sum())} of {bad.numel()} matrices are indefinite). It has no real square "

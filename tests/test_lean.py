@@ -1,0 +1,152 @@
+"""Products without waste, in the evaluations and in torch's formulas for second derivatives: the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import geoad
+from geoad.kernels import products
+from geoad.kernels.lean import Lean
+
+CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "1d": (functional.conv1d, (2, 3, 7), (4, 3, 3), {"stride": 2, "padding": 1}),
+    "2d": (functional.conv2d, (2, 2, 6, 5), (3, 2, 3, 2), {"padding": (1, 0), "dilation": (1, 2)}),
+    "2d, groups": (functional.conv2d, (2, 4, 4, 4), (6, 2, 2, 2), {"groups": 2, "stride": (2, 1)}),
+    "3d": (functional.conv3d, (1, 2, 4, 3, 4), (2, 2, 2, 2, 2), {"stride": [1, 1, 2]}),
+    "no samples": (functional.conv2d, (0, 2, 6, 5), (3, 2, 3, 2), {}),
+}
+
+
+def third(f: Any, x: list[Tensor]) -> list[Tensor]:
+    """f, and its derivatives of three orders along fixed directions."""
+    values, found = [f(*x)], [f(*x)]
+    for _ in range(3):
+        weighed = [(v.flatten() * torch.linspace(-1, 2, v.numel())).square().sum() for v in values if v.requires_grad]
+        if not weighed:
+            break
+        scalar = torch.stack(weighed).sum()
+        values = [g for g in torch.autograd.grad(scalar, x, create_graph=True, allow_unused=True) if g is not None]
+        found += values
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_convolutions_have_the_derivatives_of_torch(case: str, bias: bool) -> None:
+    conv, shape, weight, options = CASES[case]
+    x = torch.randn(shape)
+    leaves = [torch.randn(weight, requires_grad=True)]
+    leaves += [torch.randn(weight[0], requires_grad=True)] if bias else []
+
+    def f(*p: Tensor) -> Tensor:
+        return conv(x, *p, **options).sin()
+
+    with Lean():
+        lean = third(f, leaves)
+    plain = third(f, leaves)
+    assert len(lean) >= len(plain) > 1
+    for a, b in zip(lean, plain, strict=False):  # zeros of empty data come back as such
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("relu", [functional.relu, torch.relu, Tensor.relu, nn.ReLU()])
+def test_relu_has_the_derivatives_of_torch(relu: Any) -> None:
+    x = torch.randn(40000)
+    x[:4] = torch.tensor([0.0, -0.0, float("inf"), -float("inf")])
+    x = x.requires_grad_()
+
+    def f(x: Tensor) -> Tensor:
+        return relu(x * torch.ones_like(x).cumsum(0).sin()).sin()[10:]
+
+    with Lean():
+        lean = third(f, [x])
+    for a, b in zip(lean, third(f, [x]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_what_is_not_linear_in_the_weights_alone_is_left_to_torch() -> None:
+    x, w = torch.randn(2, 1, 6, requires_grad=True), torch.randn(2, 1, 3, requires_grad=True)
+
+    def name(y: Tensor) -> str:
+        return type(y.grad_fn).__name__
+
+    with Lean():
+        assert name(functional.conv1d(x.detach(), w)) == "_ConvolutionBackward"
+        assert name(functional.conv1d(x, w)) == "ConvolutionBackward0"
+        assert name(functional.conv1d(x.detach(), w, padding="same")) == "ConvolutionBackward0"
+        assert name(functional.conv1d(x[0].detach(), w)) == "SqueezeBackward1"
+        assert name(torch.relu(x)) == "ReluBackward0"  # a few numbers only
+        with torch.no_grad():
+            assert functional.conv1d(x, w).grad_fn is None
+        _, tangent = torch.func.jvp(lambda w: functional.conv1d(x.detach(), w), (w.detach(),), (w.detach(),))
+        torch.testing.assert_close(tangent, functional.conv1d(x.detach(), w.detach()))
+
+
+def test_data_that_are_overwritten_are_noticed() -> None:
+    x, w = torch.randn(2, 1, 6), torch.randn(2, 1, 3, requires_grad=True)
+    with Lean():
+        y = functional.conv1d(x, w)
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), w)
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions and their derivatives."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "conv" in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_hessian_product_spends_no_convolution_on_the_data() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3))
+    x, y = torch.randn(4, 1, 6, 6), torch.randint(3, (4,))
+    geo = geoad.GeoModule(net)
+    H = geoad.hessian(geo.loss(functional.cross_entropy, (x, y)))(geo.point())
+    v = geo.reference.vector(torch.randn(geo.reference.dim), at=H.at)
+    H.mv(v)
+    with Convolutions() as seen:
+        geoad.hessian(geo.loss(functional.cross_entropy, (x, y)))(H.at).mv(v)
+    assert seen.count == 4  # forward and gradient, and each once more for the derivative along v
+
+    theta = {name: p.detach() for name, p in net.named_parameters()}
+    loss = lambda t: functional.cross_entropy(torch.func.functional_call(net, t, (x,)), y)  # noqa: E731
+    plain = torch.func.jvp(torch.func.grad(loss), (theta,), (v.blocks,))[1]
+    for name, block in H.mv(v).blocks.items():
+        torch.testing.assert_close(block, plain[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(6), lambda: nn.GroupNorm(2, 6), lambda: nn.BatchNorm1d(6), nn.Identity])
+def test_both_products_of_one_evaluation(norm: Callable[[], nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(3, 6), norm(), nn.Tanh(), nn.Linear(6, 2)).eval()
+    x, theta = torch.randn(5, 3), {name: p.detach() for name, p in net.named_parameters()}
+    v = {name: torch.randn_like(p) for name, p in theta.items()}
+    geo = geoad.GeoModule(net)
+
+    def f(t: Any) -> Tensor:
+        return geo.evaluate(t, x)
+
+    value, velocity, pull = products.push_pull(f, theta, v)
+    plain = lambda t: torch.func.functional_call(net, t, (x,))  # noqa: E731
+    J = torch.func.jacrev(plain)(theta)
+    expected = sum(torch.einsum("nc...,...->nc", J[name].reshape(5, 2, -1), v[name].reshape(-1)) for name in theta)
+    torch.testing.assert_close(value, plain(theta))
+    torch.testing.assert_close(velocity, expected)
+    for name, block in pull(velocity).items():
+        torch.testing.assert_close(block, torch.einsum("nc,nc...->...", expected, J[name]))
+    # and once more, inside of a derivative
+    bend = lambda t: products.push_pull(f, t, v)[1]  # noqa: E731
+    second = products.jvp(bend, theta, v)[1]
+    curve = lambda s: plain({name: t + s * v[name] for name, t in theta.items()})  # noqa: E731
+    numeric = (curve(1e-4) - 2 * curve(0.0) + curve(-1e-4)) / 1e-8
+    torch.testing.assert_close(second, numeric, rtol=1e-4, atol=1e-5)
