@@ -160,9 +160,9 @@ def require_compilable(structure: Representation, processes: bool) -> None:
     for each in [inner for _, inner in structure.parts] if isinstance(structure, Mixed) else [structure]:
         if not isinstance(each, Diagonal):
             raise GeometryError(
-                f"compile=True is not offered for {each}, only for 'diagonal' (or mixes of diagonals): its time goes into "
-                "products of large matrices, which a compiler does not make faster (1.1 times, measured for KFAC of an MLP), "
-                "or into several passes over the data. Pass compile=False."
+                f"compile=True is not offered for {each}, only for 'diagonal' (or mixes of diagonals), where it was found to "
+                "pay: the KFAC of an MLP, most of it products of large matrices, is computed 1.1 times as fast, and "
+                "block-diagonal matrices take minutes to compile. Pass compile=False."
             )
 
 
