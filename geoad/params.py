@@ -31,6 +31,7 @@ __all__ = [
     "first",
     "flatten",
     "insert_axes",
+    "is_traced",
     "is_wrapped",
     "map_blocks",
     "outside_of_transforms",
@@ -248,9 +249,18 @@ def first(a: Blocks) -> Tensor:
     return next(iter(a.values()))
 
 
+def is_traced() -> bool:
+    """True if the compiler, or ``make_fx``, notes the operations that are run."""
+    return torch.compiler.is_compiling() or _dispatch_mode(_PROXY) is not None
+
+
+_dispatch_mode: Any = torch._C._get_dispatch_mode  # pyright: ignore
+_PROXY: Any = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore
+
+
 def is_wrapped(a: Blocks) -> bool:
-    """True if a functorch transform or the compiler is looking: values must not be read, nothing may be remembered."""
-    if torch.compiler.is_compiling():
+    """True if a functorch transform or a tracer is looking: values must not be read, nothing may be remembered."""
+    if is_traced():
         return True
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
     leaves: list[Any] = list(a.values())

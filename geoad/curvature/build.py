@@ -12,6 +12,7 @@ from geoad.charts import Chart
 from geoad.curvature.collect import Collector, Task
 from geoad.curvature.collect_kron import collectors
 from geoad.curvature.combine import combine, described
+from geoad.curvature.compiled import Chunks
 from geoad.curvature.likelihoods.roots import Seeds
 from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDiagonal, Representation
 from geoad.curvature.resume import Journal, journal, resuming
@@ -50,7 +51,7 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     for stage in range(max(each.stages for each in found)):
         if waiting:
             with field.guarded(call):
-                _pass(field, plans, waiting, log)
+                _pass(field, plans, waiting, log, field.chunks if structure is field.structure else None)
         active = [each for each in found if each.stages > stage]
         if exchange is not None:
             combine(active, exchange, call)
@@ -65,7 +66,7 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     return ops.BlockDiagonal(layout, parts)
 
 
-def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None) -> None:
+def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None, chunks: Chunks | None) -> None:
     """One pass over the data of this process; what is checked of them is looked at once, at the end."""
 
     def go(consumers: list[Collector], log: Journal | None, progress: bool) -> None:
@@ -79,6 +80,7 @@ def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: 
             progress=progress,
             total=field.batches.own if progress else None,
             page=page,
+            compiled=chunks.at(field, plans.x) if chunks is not None and consumers else None,
         )
         if log is not None and page is not None:
             log.turn(page)

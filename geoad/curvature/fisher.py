@@ -69,6 +69,9 @@ class Fisher(NetworkCurvature):
         outputs: which function of the network's outputs parametrises the likelihood: indices of classes, or a callable.
         max_memory: bytes that intermediate results may take; more than one sample at a time does not go beyond.
         progress: show a progress bar over the samples (needs tqdm).
+        compile: let torch compile the work on a chunk of samples, at the first evaluation and where the network or the form
+            of its inputs has changed since. Offered for "diagonal", where it pays if values are asked for thousands of times
+            (see docs/how-to/curvature.md). What cannot be compiled raises.
 
     It is semidefinite: ``sharp`` and ``solve`` raise `SingularMetricError` unless it is damped, e.g.
     ``Fisher(...) + 1e-3 * Euclidean(geo.reference)``, exactly and in the structure of the representation.
@@ -97,6 +100,7 @@ class Fisher(NetworkCurvature):
         outputs: Any = None,
         max_memory: int = 1 << 28,
         progress: bool = False,
+        compile: bool = False,
     ) -> None:
         if kind not in _KINDS:
             raise GeometryError(
@@ -121,6 +125,7 @@ class Fisher(NetworkCurvature):
             reduction=reduction,
             max_memory=max_memory,
             progress=progress,
+            compile=compile,
         )
         self.kind, self.samples, self.generator = kind, samples, generator
         self.hessian_type = kind == "exact" and self.likelihood.hessian_type and not self.structure.imposed

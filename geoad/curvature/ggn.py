@@ -33,7 +33,7 @@ class GGN(NetworkCurvature):
         likelihood: the loss: a likelihood by name or as an object, a torch loss such as ``F.cross_entropy``, any function of
             (outputs, targets), or `geoad.curvature.OutputMatrix` for a general pull-back JᵀA(f, y)J.
         loss: the same; says what is meant where it is no likelihood.
-        chart, representation, reduction, outputs, max_memory, progress: as for `geoad.curvature.Fisher`.
+        chart, representation, reduction, outputs, max_memory, progress, compile: as for `geoad.curvature.Fisher`.
 
     Averaged over the samples, as the Fisher matrix. A loss of torch is taken as it is: the mean of ``F.mse_loss`` also runs
     over the c outputs, so that its matrix is 2/c times that of "gaussian"; ``torch.nn.MSELoss(reduction="sum")`` adds them up,
@@ -59,6 +59,7 @@ class GGN(NetworkCurvature):
         outputs: Any = None,
         max_memory: int = 1 << 28,
         progress: bool = False,
+        compile: bool = False,
     ) -> None:
         given: Any = likelihood if loss is None else loss
         super().__init__(
@@ -71,6 +72,7 @@ class GGN(NetworkCurvature):
             reduction=reduction,
             max_memory=max_memory,
             progress=progress,
+            compile=compile,
         )
         self.of_loss = not isinstance(given, (str, Likelihood))
         self.averaged = getattr(given, "reduction", "mean") == "mean"

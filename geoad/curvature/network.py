@@ -13,6 +13,7 @@ from geoad import operators as ops
 from geoad.charts import Chart
 from geoad.curvature.build import build, require_chart
 from geoad.curvature.combine import described
+from geoad.curvature.compiled import Chunks, require_compilable
 from geoad.curvature.likelihoods.roots import Seeds
 from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
@@ -47,6 +48,7 @@ class NetworkCurvature(OutputCurvature):
         reduction: "mean" or "sum" over the samples.
         max_memory: bytes that intermediate results may take.
         progress: show a progress bar (needs tqdm).
+        compile: the work on a chunk of samples is compiled.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class NetworkCurvature(OutputCurvature):
         reduction: str,
         max_memory: int,
         progress: bool,
+        compile: bool = False,
     ) -> None:
         name = type(self).__name__
         if reduction not in ("mean", "sum"):
@@ -88,6 +91,9 @@ class NetworkCurvature(OutputCurvature):
         self.select = outputs
         self.reduction = reduction
         self.max_memory, self.progress = bytes_of(max_memory), progress
+        if compile:
+            require_compilable(self.structure, self.batches.exchange is not None)
+        self.chunks = Chunks() if compile else None
 
     # -- what a subclass says ----------------------------------------------------------------------------------------------
 

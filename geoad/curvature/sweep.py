@@ -49,6 +49,10 @@ class Page(Protocol):
         ...
 
 
+Compiled = Callable[[Plan, Batch, int, int, Sequence[Any]], int]
+"""(plan, batch, start, step, consumers) to the number of samples from `start` on that were added to the consumers."""
+
+
 class Plans:
     """The plans of a network, one for each form of its inputs.
 
@@ -90,6 +94,7 @@ def sweep(
     progress: bool = False,
     total: int | None = None,
     page: Page | None = None,
+    compiled: Compiled | None = None,
 ) -> None:
     """Go through the data once; `page` is told of each batch that is done, and says where to go on.
 
@@ -117,6 +122,11 @@ def sweep(
                 step = fitting(numbers(sample, _count(seeds(sample.outputs, take(batch.labels, slice(0, 1))))))
             known = sample
             while start < batch.size:
+                if compiled is not None and (done := compiled(sample.plan, batch, start, step, consumers)):
+                    start += done
+                    if bar is not None:
+                        bar.update(done)
+                    continue
                 part = slice(start, start + _even(batch.size - start, step))
                 chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), sample.plan)
                 found = seeds(chunk.outputs, take(batch.labels, part))

@@ -37,6 +37,7 @@ __all__ = [
     "glance",
     "joined",
     "linearize",
+    "linearize_together",
     "plan_of",
     "trial",
 ]
@@ -190,7 +191,7 @@ def linearize(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Pl
     ``vmap`` cannot batch are gone through sample by sample, and so without structure.
     """
 
-    def together() -> Linearized:
+    def samples_together() -> Linearized:
         try:
             return _Together(outputs, layout, x, inputs, plan)
         except _AnotherPath:
@@ -198,7 +199,15 @@ def linearize(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Pl
             return _Together(outputs, layout, x, inputs, plan.without_structure(why))
 
     with one_by_one():
-        return climb(_KIND, [("vmap", together), ("loop", lambda: _OneByOne(outputs, layout, x, inputs, plan))])
+        return climb(_KIND, [("vmap", samples_together), ("loop", lambda: _OneByOne(outputs, layout, x, inputs, plan))])
+
+
+def linearize_together(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> Linearized:
+    """`linearize` by this plan or not at all, and all seeds at once: for what is traced."""
+    with one_by_one():
+        linearized = _Together(outputs, layout, x, inputs, plan)
+    linearized.small = True
+    return linearized
 
 
 _KIND = "rows of samples"
@@ -234,18 +243,16 @@ class _Together(Linearized):
         linearized: Any = torch.func.vjp(evaluate, zeros, others, has_aux=True)
         self.outputs, self._pull, self.inputs = linearized
         self.plan, self.layout = plan, layout
+        self.small = n * len(plan.uses) <= _SMALL
 
     def pull(self, seeds: Tensor) -> Rows:
         # torch.func would record a graph of the backward pass as well; it is kept where someone may ask for it
         with torch.set_grad_enabled(self.outputs.requires_grad or not at_top_level()):
-            backs, rest = self._together(seeds) if self._is_small() else self._in_turn(seeds)
+            backs, rest = self._together(seeds) if self.small else self._in_turn(seeds)
         n, k = self.outputs.shape[0], len(seeds)
         uses = [UseRows(use, a, [_wide(g) for g in b]) for use, a, b in zip(self.plan.uses, self.inputs, backs, strict=True)]
         others = {name: _wide(torch.stack(tuple(each), 1).reshape(n, k, -1)) for name, each in rest.items()}
         return Rows(self.layout, self.plan, uses, others, n, k)
-
-    def _is_small(self) -> bool:
-        return self.outputs.shape[0] * len(self.plan.uses) <= _SMALL
 
     def _together(self, seeds: Tensor) -> tuple[list[_Backs], dict[str, _Backs]]:
         back, generic = products.mapped(self._pull, seeds)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Hashable
-from typing import Any
+from collections.abc import Generator, Hashable, Mapping, Sequence
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 __all__ = ["Anew", "Same", "depend", "stamp", "witnessed"]
@@ -59,7 +60,8 @@ def witnessed() -> Generator[dict[int, Any]]:
 def stamp(thing: Any) -> Hashable:
     """The state of `thing` beside the values of its tensors, to be compared: of a module, or of what has a `stamp` of its own.
 
-    Of a module: the modes and hooks of its parts, which tensors they hold, and their attributes that are numbers or words.
+    Of a module: its parts, and of each the modes and hooks, which tensors it holds, and its attributes that are functions,
+    numbers or words, or lists and mappings of these.
 
     >>> import torch
     >>> from geoad.kernels.stamps import stamp
@@ -72,14 +74,42 @@ def stamp(thing: Any) -> Hashable:
     if callable(own):
         return own()
     if isinstance(thing, nn.Module):
-        return tuple(_of_module(module) for module in thing.modules())
+        return tuple(_of_module(module) for module in _parts(thing))
     return Same(thing)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """All modules inside, also those that are plain attributes, which torch does not register."""
+    found: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        if id(each) not in found:
+            found[id(each)] = each
+            own = vars(each)
+            waiting += [part for part in (*own["_modules"].values(), *own.values()) if isinstance(part, nn.Module)]
+    return list(found.values())
 
 
 def _of_module(module: nn.Module) -> Hashable:
     own = vars(module)
     return (
+        Same(module),
         tuple(Same(each) for held in ("_parameters", "_buffers") for each in own[held].values()),
         tuple(Same(each) for held in ("_forward_hooks", "_forward_pre_hooks") for each in own[held].values()),
-        tuple(each for each in own.values() if isinstance(each, (bool, int, float, str))),
+        tuple((name, _plain(value)) for name, value in own.items() if name not in _REGISTRIES),
     )
+
+
+_REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+
+
+def _plain(value: Any) -> Hashable:
+    """What an attribute says by itself; objects of other kinds say nothing."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(each) for each in cast("Sequence[Any]", value))
+    if isinstance(value, Mapping):
+        return tuple((str(key), _plain(each)) for key, each in cast("Mapping[Any, Any]", value).items())
+    return Same(value) if callable(value) else None

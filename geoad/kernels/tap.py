@@ -202,9 +202,12 @@ def _seen_in(whole: Tensor, view: Any, part: Part, start: int | None) -> Part | 
     if start is None or not isinstance(view, Tensor) or view.dtype != whole.dtype or view.is_complex():
         return None
     source, plain = _plain(whole), _plain(view)
-    if source is None or plain is None or source.untyped_storage().data_ptr() != plain.untyped_storage().data_ptr():
+    if source is None or plain is None or not _same_storage(source, plain):
         return None
     return Part(part.name, part.size, tuple(plain.shape), tuple(plain.stride()), int(plain.storage_offset()) - start)
+
+
+_same_storage: Any = torch._C._is_alias_of  # pyright: ignore
 
 
 def _getters(*names: str) -> set[Any]:

@@ -21,7 +21,7 @@ from geoad.module.sources import LossSource, NetworkSource
 from geoad.module.state import KEY, Loading, note
 from geoad.module.support import Deterministic, admit
 from geoad.module.survey import Survey, Use
-from geoad.params import Blocks
+from geoad.params import Blocks, is_traced
 from geoad.tensors import Covector
 
 __all__ = ["GeoModule"]
@@ -220,7 +220,7 @@ class GeoModule(nn.Module):
         visit(self)
         net, coordinates = self._wrapped, self._coordinates
         training = [module for module in net.modules() if module.training]
-        looks = not torch.compiler.is_compiling()  # the compiler cannot follow
+        looks = not is_traced()  # the compiler cannot follow
 
         def run(values: Blocks, given: Sequence[Any]) -> Any:
             buffers = [place for module in training for place in _copied_buffers(module)]
