@@ -86,7 +86,7 @@ def squares_in_basis(layer: Layer, rows: Rows, weights: Tensor | None, bases: Ba
         return _summed(values.square(), weights).reshape(values.shape[2:])
     if layer.table:
         return _of_table(layer, rows, weights, bases)
-    if layer.weight is None or (len(uses) == 1 and signals_at(uses[0].use, uses[0].back[0][:1]).shape[2] == 1):
+    if layer.weight is None or _at_one_position(uses):
         return _of_outer(layer, uses, weights, bases)
     portion = portions(uses, numbers_of_rows(layer, uses))
     squares = (_summed(rows_of_layer(layer, each, bases).square_(), _of(weights, part)) for part, each in portion)
@@ -94,22 +94,38 @@ def squares_in_basis(layer: Layer, rows: Rows, weights: Tensor | None, bases: Ba
     return _total(squares).reshape(groups, out, -1)
 
 
+def _at_one_position(uses: list[UseRows]) -> bool:
+    """Rows are outer products."""
+    return len(uses) == 1 and signals_at(uses[0].use, uses[0].back[0][:1]).shape[2] == 1
+
+
 def _of_outer(layer: Layer, uses: list[UseRows], weights: Tensor | None, bases: Bases) -> Tensor:
     """(Σ_k w g²)ᵀ a², one product of matrices for each group: a layer at one position, or a bias alone, whose input is 1."""
-    total: Tensor | None = None
-    for k in range(len(uses[0].back)):
-        left = _summed_signals(uses, k)
-        left = left if bases[0] is None else left @ bases[0]
-        bent = left if weights is None else left * weights[:, k, None]
-        total = left * bent if total is None else total.addcmul_(left, bent)
-    assert total is not None
+    total = _squared_signals(uses, weights, bases[0])
     if layer.weight is None:
         return total.sum(1).unsqueeze(-1)
-    right = inputs_at(uses[0].use, uses[0].a).to(total.dtype)[:, :, 0].transpose(0, 1)
+    right = _inputs(uses[0], total.dtype)
     if layer.bias is not None:
         right = torch.cat([right, torch.ones_like(right[..., :1])], -1)
     right = (right if bases[1] is None else right @ bases[1]).square()
     return total.mT @ right
+
+
+def _squared_signals(uses: list[UseRows], weights: Tensor | None, basis: Tensor | None = None) -> Tensor:
+    """Σ_k w g², (groups, n, out)."""
+    total: Tensor | None = None
+    for k in range(len(uses[0].back)):
+        left = _summed_signals(uses, k)
+        left = left if basis is None else left @ basis
+        bent = left if weights is None else left * weights[:, k, None]
+        total = left * bent if total is None else total.addcmul_(left, bent)
+    assert total is not None
+    return total
+
+
+def _inputs(rows: UseRows, dtype: torch.dtype) -> Tensor:
+    """What went into a layer at one position, (groups, n, in)."""
+    return inputs_at(rows.use, rows.a).to(dtype)[:, :, 0].transpose(0, 1)
 
 
 def _summed_signals(uses: list[UseRows], k: int) -> Tensor:
@@ -178,6 +194,10 @@ def add_cross(total: Tensor, layer: Layer, rows: Rows, signs: Tensor | None = No
         if not uses:
             found = explicit_rows(layer, rows)
             yield _summed(found[..., :-1] * found[..., -1:], weights)
+            return
+        if _at_one_position(uses):  # g a times g 1
+            left = _squared_signals(uses, weights)
+            yield left.mT @ _inputs(uses[0], left.dtype)
             return
         for part, each in portions(uses, 2 * numbers_of_rows(layer, uses)):
             found = rows_of_layer(layer, each)
