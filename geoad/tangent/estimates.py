@@ -175,6 +175,12 @@ def trace(
         products: how many products with a matrix-free kernel; the error falls with their root ("hutchinson"), or faster.
         method: "hutch++" or "hutchinson".
         generator: for the random signs.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 1, bias=False))  # K(x, y) = x · y
+    >>> K = geoad.ntk(geo, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))(geo.point())
+    >>> geoad.tangent.trace(K)
+    5 ± 0 (0 products)
     """
     found = _Products([_operator(kernel)], products, method, generator)
     t = found.trace(0)
@@ -194,7 +200,13 @@ def frobenius(
 def effective_rank(
     kernel: Cometric, products: int = 60, *, method: str = "hutch++", generator: torch.Generator | None = None
 ) -> Estimate:
-    """(tr K)²/tr K², the number of equal eigenvalues with the same trace and norm; arguments as for `trace`."""
+    """(tr K)²/tr K², the number of equal eigenvalues with the same trace and norm; arguments as for `trace`.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(3, 1, bias=False))
+    >>> float(geoad.tangent.effective_rank(geoad.ntk(geo, torch.eye(3))(geo.point())))
+    3.0
+    """
     found = _Products([_operator(kernel)], products, method, generator)
     t, f = found.trace(0), found.inner(0, 0)
     rank = t.value.square() / f.value
@@ -218,6 +230,12 @@ def alignment(
         products: as for `trace`, with each of the kernels.
         method: as for `trace`.
         generator: as for `trace`.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 1, bias=False))
+    >>> K = geoad.ntk(geo, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))(geo.point())
+    >>> round(float(geoad.tangent.alignment(K, torch.tensor([[0.0], [1.0]]))), 4)  # 4 / √17
+    0.9701
     """
     op = _operator(kernel)
     if isinstance(other, Tensor):

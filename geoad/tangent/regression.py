@@ -106,6 +106,13 @@ def kernel_ridge(
 
     Raises:
         SingularMetricError: K + λ is not positive definite.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 1, bias=False))  # linear ridge regression
+    >>> x, y = torch.eye(2), torch.tensor([[2.0], [4.0]])
+    >>> machine = geoad.tangent.kernel_ridge(geoad.ntk(geo, x), geo.point(), y, ridge=1.0, offset=False)
+    >>> machine.predict(x).squeeze()  # y / (1 + λ)
+    tensor([1., 2.])
     """
     if not field.symmetric:
         raise GeometryError(

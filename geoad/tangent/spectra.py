@@ -25,6 +25,12 @@ def spectrum(kernel: Cometric, k: int | None = None) -> tuple[Tensor, Tensor]:
         kernel: the value of a `geoad.ntk` field; a matrix-free one is iterated (Lanczos), with a batch (contract="diagonal")
             all results have its axis in front.
         k: how many; None for all.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 1, bias=False))
+    >>> values, vectors = geoad.tangent.spectrum(geoad.ntk(geo, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))(geo.point()))
+    >>> values, vectors.shape
+    (tensor([4., 1.]), torch.Size([2, 2, 1]))
     """
     op = kernel.op
     if ops.batch_shape(op):
@@ -87,6 +93,13 @@ def kernel_pca(field: TangentKernel, p: Point, k: int = 2) -> KernelPCA:
 
     Raises:
         GeometryError: there are fewer components with a positive variance.
+
+    >>> import torch, geoad
+    >>> geo = geoad.GeoModule(torch.nn.Linear(2, 1, bias=False))  # the principal components of x itself
+    >>> field = geoad.ntk(geo, torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]), contract="trace")
+    >>> found = geoad.tangent.kernel_pca(field, geo.point(), k=1)
+    >>> found.explained.round(decimals=3), found.scores.abs().squeeze().round(decimals=3)
+    (tensor([1.]), tensor([5., 0., 5.]))
     """
     if not field.symmetric or field.contract == "diagonal":
         raise GeometryError(
