@@ -320,7 +320,7 @@ def elsewhere(device: str) -> str:
 def test_labels_of_another_device_are_refused(field: Any, representation: str, device: str) -> None:
     geo, (x, y) = Twin(mlp, device).there, (X.to(device), Y.to(elsewhere(device)))
     options = {"kind": "empirical"} if field is Fisher else {}
-    with pytest.raises(GeometryError, match=r"the targets are on .*, the outputs of the network on .*y\.to\("):
+    with pytest.raises(GeometryError, match=r"the outputs are on .*, the targets on .*y\.to\("):
         field(geo, (x, y), representation=representation, **options)(geo.point()).mv(direction(geo))
 
 

@@ -364,7 +364,7 @@ def test_a_bound_may_be_written_as_a_float() -> None:
 
 
 def test_samples_are_whole_numbers() -> None:
-    with pytest.raises(geoad.GeometryError, match="whole number"):
+    with pytest.raises(geoad.GeometryError, match="Pass an integer"):
         Fisher(geoad.GeoModule(Plain()), X, kind="mc", samples=1.5)  # pyright: ignore[reportArgumentType]
 
 

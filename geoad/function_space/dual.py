@@ -313,7 +313,7 @@ def _base(
         raise GeometryError(
             f"damping must be at least 0, got {float(damping):g}. Subtract a metric explicitly: field - lam * G."
         )
-    return 1.0, SumField([*rest, (damping, metric)] if bool(torch.as_tensor(damping) > 0) else rest)
+    return 1.0, SumField([*rest, (damping, metric)] if float(damping) > 0 else rest)
 
 
 def _require_field(metric: Any) -> None:
@@ -325,7 +325,7 @@ def _require_field(metric: Any) -> None:
 
 
 def _require_positive(damping: float | Tensor) -> None:
-    if not bool(torch.as_tensor(damping) > 0):
+    if not float(damping) > 0:
         raise GeometryError(
             f"damping={float(damping):g}: without a positive multiple of the metric the matrix has rank N·K at most and no "
             "inverse. Pass damping > 0, add a positive definite field, or solve by the dense matrix."

@@ -180,7 +180,7 @@ class Glance(Linearized):
 
     def __init__(self, layout: Layout, plan: Plan, outputs: Tensor | None = None, inputs: Sequence[Tensor] = ()) -> None:
         self.layout, self.plan, self.inputs = layout, plan, list(inputs)
-        self.outputs = torch.empty(0) if outputs is None else outputs
+        self.outputs = torch.empty(0, device="cpu") if outputs is None else outputs
 
 
 def linearize(outputs: Outputs, layout: Layout, x: Blocks, inputs: Any, plan: Plan) -> Linearized:
