@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -18,11 +19,11 @@ __all__ = [
     "inputs_at",
     "is_outer",
     "patches",
-    "product_of_weight",
     "rows_of_bias",
     "rows_of_weight",
     "second_moment",
     "signals_at",
+    "write_row_of_weight",
 ]
 
 
@@ -152,13 +153,19 @@ def _slid(use: ConvUse, a: Tensor, first: int) -> Tensor:
 
 def patches(use: ConvUse, a: Tensor) -> Tensor:
     """(n, groups, positions, in), where in runs over the channels of a group and the kernel."""
+    return _patches_of(use, a)(slice(None))
+
+
+def _patches_of(use: ConvUse, a: Tensor) -> Callable[[slice], Tensor]:
+    """The `patches` of any of the samples."""
     axes, inside = len(use.kernel), math.prod(use.kernel) * a.shape[-len(use.kernel) - 1] // use.groups
     if use.shape[-1] <= _NARROW and (len(use.shape) == axes + 1 or use.shape[0] == 1):
         a = _spread(use, a.reshape(a.shape[0], *a.shape[-axes - 1 :]))
-        places = _places(use, a.shape[1:], a.device)
-        return a.flatten(1).index_select(1, places).reshape(a.shape[0], use.groups, inside, -1).mT
+        flat, places = a.flatten(1), _places(use, a.shape[1:], a.device)
+        return lambda samples: flat[samples].index_select(1, places).unflatten(1, (use.groups, inside, -1)).mT
     view = _windows(use, a).permute(0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
-    return view.reshape(a.shape[0], use.groups, inside, math.prod(view.shape[3 + axes :])).mT
+    shape = use.groups, inside, math.prod(view.shape[3 + axes :])
+    return lambda samples: view[samples].reshape(-1, *shape).mT
 
 
 _NARROW = 8
@@ -226,17 +233,35 @@ def _(use: ScaleUse, a: Tensor, g: Tensor) -> Tensor:
     return part.place(_reduced(g * a, part.shape))
 
 
-def product_of_weight(use: Use, a: Tensor, back: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-    """(n, out, positions) and (n, positions, in), whose product is the row of a weight for one seed; None if it is none."""
+def write_row_of_weight(use: Use, a: Tensor, back: Tensor, name: str, target: Tensor) -> bool:
+    """Write the row of a weight for one seed, left · right, to `target` (n, *shape); False if it is no product of matrices.
+
+    Where positions are summed over, this is done by portions of the samples: patches and products that fit into the cache take
+    no time to be copied to where they belong. (bmm is slow where its results do not lie side by side.)
+    """
     part = use.weight
     if part is None or part.name != name or not part.whole or not isinstance(use, (AffineUse, ConvUse)):
-        return None
-    if use.bias is not None and use.bias.name == name:
-        return None
-    left, right = signals_at(use, back), inputs_at(use, a)
-    if left.shape[1] != 1 or right.dtype != left.dtype:
-        return None
-    return left[:, 0].mT, right[:, 0]
+        return False
+    left = signals_at(use, back)
+    n, groups, positions, out = left.shape
+    if groups != 1 or {a.dtype, left.dtype} != {target.dtype} or (use.bias is not None and use.bias.name == name):
+        return False
+    left, place = left[:, 0].mT, target.view(n, out, part.size // max(1, out))
+    if positions == 1:
+        torch.mul(left, inputs_at(use, a)[:, 0], out=place)
+        return True
+    right = _patches_of(use, a) if isinstance(use, ConvUse) else inputs_at(use, a).__getitem__
+    step = max(1, min(n, _CACHE // (place.element_size() * (out + positions) * max(1, place.shape[2]))))
+    product = place.new_empty(step, *place.shape[1:])
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        lines = left[some]
+        place[some] = torch.bmm(lines, right(some)[:, 0], out=product[: len(lines)])
+    return True
+
+
+_CACHE = 1 << 20
+"""Bytes that are near at hand."""
 
 
 def rows_of_bias(use: Use, g: Tensor) -> Factored | Tensor:
