@@ -21,7 +21,7 @@ from geoad.kernels.graph import dependencies
 from geoad.kernels.jacobians import batched, rebuilt
 from geoad.kernels.ladder import at_top_level, climb, one_by_one, watched
 from geoad.kernels.norms import SpelledOut
-from geoad.kernels.positions import Factored, rows_of_bias, rows_of_weight, write_row_of_weight
+from geoad.kernels.positions import Factored, rows_of_bias, rows_of_weight, write_row
 from geoad.kernels.tap import Tap
 from geoad.kernels.uses import Use
 from geoad.params import Blocks, Layout, outside_of_transforms, unwrapped
@@ -386,15 +386,16 @@ class Rows:
     def _write(self, name: str, target: Tensor) -> None:
         """The rows of a block, without another copy where they are outer products."""
         uses = self.of(name)
-        if len(uses) == 1 and _is_written(uses[0].a, uses[0].back[0]):
-            if write_row_of_weight(uses[0].use, uses[0].a, uses[0].back[0], name, target):
-                return
-        target.copy_(self.explicit(name).reshape(target.shape))
+        written = False
+        if len(uses) == 1 and not _recorded(uses[0].a, uses[0].back[0]):
+            written = write_row(uses[0].use, uses[0].a, uses[0].back[0], name, target)
+        if not written:
+            target.copy_(self.explicit(name).reshape(target.shape))
 
 
-def _is_written(*parts: Tensor) -> bool:
-    """Nobody asks for derivatives of what is made of these: it may be written to memory that is there."""
-    return at_top_level() and not (torch.is_grad_enabled() and any(each.requires_grad for each in parts))
+def _recorded(*parts: Tensor) -> bool:
+    """Derivatives of what is made of these may be asked for: it cannot be written to memory that is there."""
+    return not at_top_level() or (torch.is_grad_enabled() and any(each.requires_grad for each in parts))
 
 
 def joined(name: str, uses: Sequence[UseRows]) -> Tensor:

@@ -23,7 +23,7 @@ __all__ = [
     "rows_of_weight",
     "second_moment",
     "signals_at",
-    "write_row_of_weight",
+    "write_row",
 ]
 
 
@@ -162,10 +162,16 @@ def _patches_of(use: ConvUse, a: Tensor) -> Callable[[slice], Tensor]:
     if use.shape[-1] <= _NARROW and (len(use.shape) == axes + 1 or use.shape[0] == 1):
         a = _spread(use, a.reshape(a.shape[0], *a.shape[-axes - 1 :]))
         flat, places = a.flatten(1), _places(use, a.shape[1:], a.device)
-        return lambda samples: flat[samples].index_select(1, places).unflatten(1, (use.groups, inside, -1)).mT
+        shape = use.groups, len(places) // max(1, use.groups * inside), inside
+        return lambda samples: (some := flat[samples]).index_select(1, places).view(some.shape[0], *shape)
     view = _windows(use, a).permute(0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
     shape = use.groups, inside, math.prod(view.shape[3 + axes :])
-    return lambda samples: view[samples].reshape(-1, *shape).mT
+
+    def copied(samples: slice) -> Tensor:
+        some = view[samples]
+        return some.reshape(some.shape[0], *shape).mT
+
+    return copied
 
 
 _NARROW = 8
@@ -175,8 +181,8 @@ _NARROW = 8
 def _places(use: ConvUse, shape: torch.Size, device: torch.device) -> Tensor:
     """Where the numbers of the patches lie in a padded input (channels, *space), in the order of `patches`."""
     axes = len(use.kernel)
-    view = _slid(use, torch.arange(shape.numel(), device=device).reshape(1, *shape), 2)[0]
-    return view.permute(0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes)).flatten()
+    view = _slid(use, torch.arange(shape.numel(), device=device).reshape(use.groups, -1, *shape[1:]), 2)
+    return view.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes)).flatten()
 
 
 def _windows(use: ConvUse, a: Tensor) -> Tensor:
@@ -233,20 +239,31 @@ def _(use: ScaleUse, a: Tensor, g: Tensor) -> Tensor:
     return part.place(_reduced(g * a, part.shape))
 
 
-def write_row_of_weight(use: Use, a: Tensor, back: Tensor, name: str, target: Tensor) -> bool:
-    """Write the row of a weight for one seed, left · right, to `target` (n, *shape); False if it is no product of matrices.
+def write_row(use: Use, a: Tensor, back: Tensor, name: str, target: Tensor) -> bool:
+    """Write the row of the weight or the bias for one seed to `target` (n, *shape), if that takes no explicit rows."""
+    weight, bias = (part if part is not None and part.name == name else None for part in (use.weight, use.bias))
+    if not isinstance(use, (AffineUse, ConvUse)) or (weight is not None and bias is not None):
+        return False
+    if weight is not None and weight.whole:
+        return _write_product(use, a, back, target)
+    if bias is not None and bias.whole:
+        signals = signals_at(use, back)
+        target.copy_((signals.squeeze(2) if signals.shape[2] == 1 else signals.sum(2)).reshape(target.shape))
+        return True
+    return False
+
+
+def _write_product(use: AffineUse | ConvUse, a: Tensor, back: Tensor, target: Tensor) -> bool:
+    """left · right, unless there are groups.
 
     Where positions are summed over, this is done by portions of the samples: patches and products that fit into the cache take
     no time to be copied to where they belong. (bmm is slow where its results do not lie side by side.)
     """
-    part = use.weight
-    if part is None or part.name != name or not part.whole or not isinstance(use, (AffineUse, ConvUse)):
-        return False
     left = signals_at(use, back)
     n, groups, positions, out = left.shape
-    if groups != 1 or {a.dtype, left.dtype} != {target.dtype} or (use.bias is not None and use.bias.name == name):
+    if groups != 1 or {a.dtype, left.dtype} != {target.dtype}:
         return False
-    left, place = left[:, 0].mT, target.view(n, out, part.size // max(1, out))
+    left, place = left[:, 0].mT, target.view(n, out, target[0].numel() // out if n and out else 0)
     if positions == 1:
         torch.mul(left, inputs_at(use, a)[:, 0], out=place)
         return True
