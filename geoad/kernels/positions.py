@@ -56,7 +56,7 @@ def inputs_at(use: Use, a: Tensor) -> Tensor:
 
 @inputs_at.register
 def _(use: AffineUse, a: Tensor) -> Tensor:
-    return a.reshape(a.shape[0], 1, -1, a.shape[-1])
+    return a.reshape(a.shape[0], 1, math.prod(a.shape[1:-1]), a.shape[-1])
 
 
 @inputs_at.register
@@ -73,14 +73,14 @@ def signals_at(use: Use, g: Tensor) -> Tensor:
 @signals_at.register
 def _(use: AffineUse, g: Tensor) -> Tensor:
     lead = g.shape[: g.ndim - len(use.shape)]
-    return g.reshape(*lead, 1, -1, use.shape[-1])
+    return g.reshape(*lead, 1, math.prod(use.shape[:-1]), use.shape[-1])
 
 
 @signals_at.register
 def _(use: ConvUse, g: Tensor) -> Tensor:
     lead, axes = g.shape[: g.ndim - len(use.shape)], len(use.kernel)
     shape = use.shape if len(use.shape) == axes + 2 else (1, *use.shape)
-    g = g.reshape(*lead, shape[0], use.groups, shape[1] // use.groups, -1)
+    g = g.reshape(*lead, shape[0], use.groups, shape[1] // use.groups, math.prod(shape[2:]))
     if shape[0] == 1:
         return g.squeeze(len(lead)).mT
     n = len(lead)
@@ -107,7 +107,7 @@ def _(use: ConvUse, t: Tensor, inputs: bool = False) -> Tensor:
 @signals_at.register
 def _(use: EmbeddingUse, g: Tensor) -> Tensor:
     lead = g.shape[: g.ndim - len(use.shape)]
-    return g.reshape(*lead, 1, -1, use.shape[-1])
+    return g.reshape(*lead, 1, math.prod(use.shape[:-1]), use.shape[-1])
 
 
 def second_moment(use: Use, a: Tensor, bias: bool) -> Tensor:
