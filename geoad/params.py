@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch._functorch import pyfunctorch
@@ -141,7 +142,7 @@ class Layout(Mapping[str, torch.Size]):
 
     def rows(self, count: int, like: Tensor) -> Blocks:
         """Blocks with one batch axis, not filled, that lie side by side in memory: `ravel` takes no copy of them."""
-        whole = like.new_empty((count, self.dim))
+        whole = _empty(count, self.dim, like)
         return {name: whole[:, place].view(count, *self._shapes[name]) for name, place in self.offsets().items()}
 
     def _side_by_side(self, blocks: Blocks) -> Tensor | None:
@@ -194,6 +195,20 @@ class Layout(Mapping[str, torch.Size]):
                 )
             batch = block.shape[:split]
         return {name: blocks[name] for name in self.names}
+
+
+def _empty(count: int, dim: int, like: Tensor) -> Tensor:
+    """(count, dim), not filled. numpy asks Linux for huge pages, which are at hand some times sooner than those of torch."""
+    plain = type(like) in (Tensor, torch.nn.Parameter) and like.device.type == "cpu" and not is_wrapped({"like": like})
+    if not plain or count * dim * like.element_size() < _LARGE or like.dtype not in _NUMPY:
+        return like.new_empty((count, dim))
+    return torch.from_numpy(numpy.empty((count, dim), _NUMPY[like.dtype]))
+
+
+_LARGE = 1 << 22
+"""Bytes above which numpy does so."""
+
+_NUMPY: dict[torch.dtype, Any] = {torch.float32: numpy.float32, torch.float64: numpy.float64}
 
 
 def map_blocks(fn: Callable[..., Tensor], *blocks: Blocks) -> Blocks:

@@ -537,6 +537,40 @@ def test_gradients_of_single_samples(name: str) -> None:
         close(there.ravel()[i], one.ravel(), 1e-9)
 
 
+@every_net
+def test_gradients_of_single_samples_can_be_differentiated(name: str) -> None:
+    geo = geoad.GeoModule(NETS[name]())
+    rows, p = geoad.per_sample_grads(geo.loss(F.cross_entropy, (X, Y))), geo.point()
+    theta, v = p.ravel(), torch.linspace(-1.0, 1.0, geo.reference.layout.dim, dtype=torch.float64)
+
+    def energy(z: Tensor) -> Tensor:
+        return rows(geo.reference.point(z)).ravel().square().sum() / 2
+
+    def plain(z: Tensor) -> Tensor:
+        def single(z: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(geo.wrapped, geo.reference.layout.unravel(z), (x[None],)), y[None])
+
+        # not by vmap: torch 2.13 has wrong second derivatives of embeddings there
+        return torch.stack([torch.func.grad(single)(z, x, y) for x, y in zip(X, Y, strict=True)]).square().sum() / 2
+
+    wanted = torch.func.grad(plain)(theta)
+    close(torch.func.grad(energy)(theta), wanted, 1e-9)
+    leaf = theta.clone().requires_grad_()
+    close(torch.autograd.grad(energy(leaf), leaf)[0], wanted, 1e-9)
+    close(torch.func.jvp(energy, (theta,), (v,))[1], wanted @ v, 1e-9)
+    several = torch.stack([theta, theta + v / 9])
+    close(torch.func.vmap(energy)(several), torch.stack([plain(z) for z in several]), 1e-9)
+
+
+def test_many_gradients_of_samples_take_huge_pages_and_no_copy() -> None:
+    geo = geoad.GeoModule(nn.Linear(64, 32).double())
+    x, y = torch.randn(300, 64, dtype=torch.float64), torch.randn(300, 32, dtype=torch.float64)
+    batch = geoad.per_sample_grads(geo.loss(F.mse_loss, (x, y)))(geo.point())
+    back = (geo.wrapped(x) - y).detach() / 16
+    close(batch.ravel(), torch.cat([(back[:, :, None] * x[:, None]).flatten(1), back], 1))
+    assert batch.ravel().data_ptr() == batch.blocks["weight"].data_ptr()
+
+
 def test_per_sample_gradients_refuse_what_has_no_samples() -> None:
     geo = geoad.GeoModule(mlp())
     loss = geo.loss(F.cross_entropy, (X, Y))

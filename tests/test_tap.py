@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import geoad
 from geoad.data import take
+from geoad.kernels import positions
 from geoad.kernels.jacobians import sample_jacobian
 from geoad.kernels.layered import Linearized, Plan, Rows, linearize, plan_of
 from geoad.kernels.tap import Tap
@@ -234,6 +235,26 @@ def test_parts_of_rows_and_writing_them() -> None:
     torch.testing.assert_close(geo.reference.layout.ravel(result)[2:], expected(geo, x, inputs, s)[1][:, 0])
     with pytest.raises(ValueError, match="single seed"):
         rows_of(geo, x, inputs, seeds=2)[2].write(result, slice(2, 7))
+
+
+@pytest.mark.parametrize("cache", [1, 4000, 1 << 20])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_rows_are_written_by_portions(name: str, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(positions, "_CACHE", cache)
+    geo, x, inputs = case(name)
+    _, _, rows, s = rows_of(geo, x, inputs, seeds=1)
+    result = {name: torch.full((SAMPLES + 2, *block.shape), torch.nan) for name, block in x.items()}
+    rows.write(result, slice(1, SAMPLES + 1))
+    found = geo.reference.layout.ravel(result)
+    torch.testing.assert_close(found[1:-1], expected(geo, x, inputs, s)[1][:, 0])
+    assert bool(found[[0, -1]].isnan().all())
+
+
+def test_no_rows_are_written_for_no_samples() -> None:
+    geo, x, inputs = case("conv2d")
+    _, _, rows, _ = rows_of(geo, x, inputs, seeds=1)
+    result = {name: torch.zeros(0, *block.shape) for name, block in x.items()}
+    rows.part(slice(0, 0)).write(result, slice(0, 0))
 
 
 def test_an_unused_parameter_has_zero_rows() -> None:

@@ -21,7 +21,7 @@ from geoad.kernels.graph import dependencies
 from geoad.kernels.jacobians import batched, rebuilt
 from geoad.kernels.ladder import at_top_level, climb, one_by_one, watched
 from geoad.kernels.norms import SpelledOut
-from geoad.kernels.positions import Factored, product_of_weight, rows_of_bias, rows_of_weight
+from geoad.kernels.positions import Factored, rows_of_bias, rows_of_weight, write_row
 from geoad.kernels.tap import Tap
 from geoad.kernels.uses import Use
 from geoad.params import Blocks, Layout, outside_of_transforms, unwrapped
@@ -317,7 +317,7 @@ class UseRows:
     @cached_property
     def g(self) -> Tensor:
         """What came back, (n, K, *use.shape)."""
-        return torch.stack(tuple(self.back), 1)
+        return self.back[0].unsqueeze(1) if len(self.back) == 1 else torch.stack(tuple(self.back), 1)
 
     def rows(self, name: str) -> BlockRows:
         """The part of the rows of a block that is due to this use."""
@@ -393,16 +393,16 @@ class Rows:
     def _write(self, name: str, target: Tensor) -> None:
         """The rows of a block, without another copy where they are outer products."""
         uses = self.of(name)
-        product = product_of_weight(uses[0].use, uses[0].a, uses[0].back[0], name) if len(uses) == 1 else None
-        if product is None or product[0].dtype != target.dtype:
+        written = False
+        if len(uses) == 1 and not _recorded(uses[0].a, uses[0].back[0]):
+            written = write_row(uses[0].use, uses[0].a, uses[0].back[0], name, target)
+        if not written:
             target.copy_(self.explicit(name).reshape(target.shape))
-            return
-        left, right = product
-        place = target.view(target.shape[0], left.shape[1], right.shape[2])
-        if left.shape[2] == 1:
-            torch.mul(left, right, out=place)
-        else:  # bmm is slow where results do not lie side by side
-            place.copy_(left @ right)
+
+
+def _recorded(*parts: Tensor) -> bool:
+    """Derivatives of what is made of these may be asked for: it cannot be written to memory that is there."""
+    return not at_top_level() or (torch.is_grad_enabled() and any(each.requires_grad for each in parts))
 
 
 def joined(name: str, uses: Sequence[UseRows]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -18,11 +19,11 @@ __all__ = [
     "inputs_at",
     "is_outer",
     "patches",
-    "product_of_weight",
     "rows_of_bias",
     "rows_of_weight",
     "second_moment",
     "signals_at",
+    "write_row",
 ]
 
 
@@ -55,7 +56,7 @@ def inputs_at(use: Use, a: Tensor) -> Tensor:
 
 @inputs_at.register
 def _(use: AffineUse, a: Tensor) -> Tensor:
-    return a.reshape(a.shape[0], 1, -1, a.shape[-1])
+    return a.reshape(a.shape[0], 1, math.prod(a.shape[1:-1]), a.shape[-1])
 
 
 @inputs_at.register
@@ -72,14 +73,14 @@ def signals_at(use: Use, g: Tensor) -> Tensor:
 @signals_at.register
 def _(use: AffineUse, g: Tensor) -> Tensor:
     lead = g.shape[: g.ndim - len(use.shape)]
-    return g.reshape(*lead, 1, -1, use.shape[-1])
+    return g.reshape(*lead, 1, math.prod(use.shape[:-1]), use.shape[-1])
 
 
 @signals_at.register
 def _(use: ConvUse, g: Tensor) -> Tensor:
     lead, axes = g.shape[: g.ndim - len(use.shape)], len(use.kernel)
     shape = use.shape if len(use.shape) == axes + 2 else (1, *use.shape)
-    g = g.reshape(*lead, shape[0], use.groups, shape[1] // use.groups, -1)
+    g = g.reshape(*lead, shape[0], use.groups, shape[1] // use.groups, math.prod(shape[2:]))
     if shape[0] == 1:
         return g.squeeze(len(lead)).mT
     n = len(lead)
@@ -106,7 +107,7 @@ def _(use: ConvUse, t: Tensor, inputs: bool = False) -> Tensor:
 @signals_at.register
 def _(use: EmbeddingUse, g: Tensor) -> Tensor:
     lead = g.shape[: g.ndim - len(use.shape)]
-    return g.reshape(*lead, 1, -1, use.shape[-1])
+    return g.reshape(*lead, 1, math.prod(use.shape[:-1]), use.shape[-1])
 
 
 def second_moment(use: Use, a: Tensor, bias: bool) -> Tensor:
@@ -152,13 +153,25 @@ def _slid(use: ConvUse, a: Tensor, first: int) -> Tensor:
 
 def patches(use: ConvUse, a: Tensor) -> Tensor:
     """(n, groups, positions, in), where in runs over the channels of a group and the kernel."""
+    return _patches_of(use, a)(slice(None))
+
+
+def _patches_of(use: ConvUse, a: Tensor) -> Callable[[slice], Tensor]:
+    """The `patches` of any of the samples."""
     axes, inside = len(use.kernel), math.prod(use.kernel) * a.shape[-len(use.kernel) - 1] // use.groups
     if use.shape[-1] <= _NARROW and (len(use.shape) == axes + 1 or use.shape[0] == 1):
         a = _spread(use, a.reshape(a.shape[0], *a.shape[-axes - 1 :]))
-        places = _places(use, a.shape[1:], a.device)
-        return a.flatten(1).index_select(1, places).reshape(a.shape[0], use.groups, inside, -1).mT
+        flat, places = a.flatten(1), _places(use, a.shape[1:], a.device)
+        shape = use.groups, len(places) // max(1, use.groups * inside), inside
+        return lambda samples: (some := flat[samples]).index_select(1, places).view(some.shape[0], *shape)
     view = _windows(use, a).permute(0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
-    return view.reshape(a.shape[0], use.groups, inside, math.prod(view.shape[3 + axes :])).mT
+    shape = use.groups, inside, math.prod(view.shape[3 + axes :])
+
+    def copied(samples: slice) -> Tensor:
+        some = view[samples]
+        return some.reshape(some.shape[0], *shape).mT
+
+    return copied
 
 
 _NARROW = 8
@@ -168,8 +181,8 @@ _NARROW = 8
 def _places(use: ConvUse, shape: torch.Size, device: torch.device) -> Tensor:
     """Where the numbers of the patches lie in a padded input (channels, *space), in the order of `patches`."""
     axes = len(use.kernel)
-    view = _slid(use, torch.arange(shape.numel(), device=device).reshape(1, *shape), 2)[0]
-    return view.permute(0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes)).flatten()
+    view = _slid(use, torch.arange(shape.numel(), device=device).reshape(use.groups, -1, *shape[1:]), 2)
+    return view.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes)).flatten()
 
 
 def _windows(use: ConvUse, a: Tensor) -> Tensor:
@@ -226,17 +239,46 @@ def _(use: ScaleUse, a: Tensor, g: Tensor) -> Tensor:
     return part.place(_reduced(g * a, part.shape))
 
 
-def product_of_weight(use: Use, a: Tensor, back: Tensor, name: str) -> tuple[Tensor, Tensor] | None:
-    """(n, out, positions) and (n, positions, in), whose product is the row of a weight for one seed; None if it is none."""
-    part = use.weight
-    if part is None or part.name != name or not part.whole or not isinstance(use, (AffineUse, ConvUse)):
-        return None
-    if use.bias is not None and use.bias.name == name:
-        return None
-    left, right = signals_at(use, back), inputs_at(use, a)
-    if left.shape[1] != 1 or right.dtype != left.dtype:
-        return None
-    return left[:, 0].mT, right[:, 0]
+def write_row(use: Use, a: Tensor, back: Tensor, name: str, target: Tensor) -> bool:
+    """Write the row of the weight or the bias for one seed to `target` (n, *shape), if that takes no explicit rows."""
+    weight, bias = (part if part is not None and part.name == name else None for part in (use.weight, use.bias))
+    if not isinstance(use, (AffineUse, ConvUse)) or (weight is not None and bias is not None):
+        return False
+    if weight is not None and weight.whole:
+        return _write_product(use, a, back, target)
+    if bias is not None and bias.whole:
+        signals = signals_at(use, back)
+        target.copy_((signals.squeeze(2) if signals.shape[2] == 1 else signals.sum(2)).reshape(target.shape))
+        return True
+    return False
+
+
+def _write_product(use: AffineUse | ConvUse, a: Tensor, back: Tensor, target: Tensor) -> bool:
+    """left · right, unless there are groups.
+
+    Where positions are summed over, this is done by portions of the samples: patches and products that fit into the cache take
+    no time to be copied to where they belong. (bmm is slow where its results do not lie side by side.)
+    """
+    left = signals_at(use, back)
+    n, groups, positions, out = left.shape
+    if groups != 1 or {a.dtype, left.dtype} != {target.dtype}:
+        return False
+    left, place = left[:, 0].mT, target.view(n, out, target[0].numel() // out if n and out else 0)
+    if positions == 1:
+        torch.mul(left, inputs_at(use, a)[:, 0], out=place)
+        return True
+    right = _patches_of(use, a) if isinstance(use, ConvUse) else inputs_at(use, a).__getitem__
+    step = max(1, min(n, _CACHE // (place.element_size() * (out + positions) * max(1, place.shape[2]))))
+    product = place.new_empty(step, *place.shape[1:])
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        lines = left[some]
+        place[some] = torch.bmm(lines, right(some)[:, 0], out=product[: len(lines)])
+    return True
+
+
+_CACHE = 1 << 20
+"""Bytes that are near at hand."""
 
 
 def rows_of_bias(use: Use, g: Tensor) -> Factored | Tensor:
