@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import geoad
 from geoad.kernels import products
+from geoad.kernels.graph import nodes
 from geoad.kernels.lean import Lean
 
 CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -69,6 +70,76 @@ def test_relu_has_the_derivatives_of_torch(relu: Any) -> None:
         lean = third(f, [x])
     for a, b in zip(lean, third(f, [x]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+POOLS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "1d": (functional.max_pool1d, (50, 8, 101), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "1d, ceil": (functional.max_pool1d, (60, 6, 101), {"kernel_size": (2,), "dilation": 3, "ceil_mode": True}),
+    "2d": (functional.max_pool2d, (80, 9, 8, 8), {"kernel_size": 2}),
+    "2d, few channels": (functional.max_pool2d, (50, 3, 15, 16), {"kernel_size": (3, 2), "stride": [], "padding": (1, 0)}),
+    "2d, overlaps": (torch.max_pool2d, (20, 16, 11, 12), {"kernel_size": 3, "stride": [2, 1], "dilation": (1, 2)}),
+    "2d, ceil": (nn.MaxPool2d(3, 2, 1, 2, ceil_mode=True), (20, 16, 11, 12), {}),
+    "3d": (functional.max_pool3d, (10, 8, 7, 8, 9), {"kernel_size": (2, 3, 2), "stride": 2, "padding": (0, 1, 1)}),
+    "3d, few channels": (nn.MaxPool3d(2, dilation=(1, 2, 1), ceil_mode=True), (40, 2, 7, 8, 9), {}),
+}
+
+
+@pytest.mark.parametrize("layout", ["planes", "channels", "part"])
+@pytest.mark.parametrize("case", POOLS)
+def test_max_pooling_has_the_derivatives_of_torch(case: str, layout: str) -> None:
+    pool, shape, options = POOLS[case]
+    x = torch.randn(shape).relu()  # with many ties
+    for k, number in enumerate((float("inf"), -float("inf"), -0.0)):
+        x.view(-1)[k::173] = number
+    x = x.transpose(1, -1).contiguous().transpose(1, -1) if layout == "channels" else x
+    x = x.requires_grad_()
+
+    def f(x: Tensor) -> Tensor:
+        y = pool(x[..., 1:] if layout == "part" else x + 0.0, **options)
+        y = y.masked_fill(y.isinf(), 0.0)
+        return y.sin() * y
+
+    with Lean():
+        lean, names = third(f, [x]), _names(f(x))
+    plain = third(f, [x])
+    assert "_MaxPoolBackward" in names and "_MaxPoolBackward" not in _names(f(x))
+    assert len(lean) == len(plain) == 4
+    assert torch.equal(lean[0], plain[0])
+    for a, b in zip(lean, plain, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def _names(y: Tensor) -> set[str]:
+    return {type(node).__name__ for node in nodes([y])}
+
+
+def test_max_pooling_passes_on_what_is_no_number() -> None:
+    x = torch.randn(600, 8, 4, 4)
+    x.view(-1)[::7] = float("nan")
+    x.requires_grad_()
+    with Lean():
+        y = functional.max_pool2d(x, 2)
+    torch.testing.assert_close(y, functional.max_pool2d(x, 2), rtol=0, atol=0, equal_nan=True)
+    slopes = [torch.autograd.grad(each.sum(), x)[0] for each in (y, functional.max_pool2d(x, 2))]
+    assert torch.equal(*slopes)
+
+
+def test_max_pooling_that_is_left_to_torch() -> None:
+    x = torch.randn(600, 8, 4, 4, requires_grad=True)
+    with Lean():
+        y, at = functional.max_pool2d(x, 2, return_indices=True)
+        assert type(y.grad_fn).__name__ == "MaxPool2DWithIndicesBackward0" and at.dtype == torch.int64
+        assert "_MaxPoolBackward" not in _names(functional.max_pool2d(x[0], 2))  # without samples
+        assert "_MaxPoolBackward" not in _names(functional.max_pool2d(x[:2], 2))  # a few numbers only
+        assert functional.max_pool2d(x.detach(), 2).grad_fn is None
+        v = torch.randn_like(x)
+        _, tangent = torch.func.jvp(lambda x: functional.max_pool2d(x, 2), (x.detach(),), (v,))
+        assert torch.equal(tangent.flatten(2), v.flatten(2).gather(2, at.flatten(2)))
+        functional.max_pool2d(x, 2).relu_()  # into its result one may write
+        for wrong in ({"stride": 0}, {"padding": 2}, {"kernel_size": (2, 2, 2)}):
+            with pytest.raises(RuntimeError):
+                functional.max_pool2d(x, **{"kernel_size": 2, **wrong})
 
 
 def test_what_is_not_linear_in_the_weights_alone_is_left_to_torch() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import geoad
@@ -23,6 +24,8 @@ from geoad import UnsupportedModuleError
 from geoad.curvature import Fisher
 from geoad.kernels import derivatives as derivatives_of
 from geoad.kernels import ladder, products
+from geoad.kernels.lean import Lean
+from geoad.kernels.norms import SpelledOut
 
 X = torch.linspace(-2.0, 2.0, 15, dtype=torch.float64).reshape(5, 3).cos()
 Y = torch.tensor([0, 1, 1, 0, 1])
@@ -105,6 +108,21 @@ def test_a_value_that_was_computed_earlier() -> None:
         return net.head(torch.tanh(x @ net.memo))
 
     refused(Custom(forward), "'body.weight'", "computed from it earlier")
+
+
+def test_values_that_are_kept_for_each_size_of_a_batch() -> None:
+    """The few samples of a look have a size of their own: what is kept of them is not met again by the evaluation."""
+    kept: dict[int, Tensor] = {}
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        if len(x) not in kept:
+            kept[len(x)] = net.body.weight.exp()
+        return net.head(torch.tanh(x @ kept[len(x)]))
+
+    geo = geoad.GeoModule(Custom(forward))
+    field, p = geo.loss(functional.cross_entropy, (X.repeat(8, 1), Y.repeat(8))), geo.point()
+    with pytest.raises(UnsupportedModuleError, match="computed from it earlier"):
+        geoad.hessian(field)(p).mv(geo.reference.vector(torch.ones(geo.chart.dim), at=p))
 
 
 def test_a_parameter_that_is_not_used_stays_allowed() -> None:
@@ -586,6 +604,32 @@ def test_inference_mode() -> None:
         tokens = torch.arange(4)[:, None]
         value = geo.loss(functional.cross_entropy, (tokens, Y[:4]))(geo.point())
     torch.testing.assert_close(value, functional.cross_entropy(net(torch.arange(4)[:, None]), Y[:4]))
+
+
+class _Counting(TorchFunctionMode):
+    """Counts the linear layers that it sees."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is functional.linear
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_look_takes_the_functions_of_torch_and_the_modes_of_others() -> None:
+    geo = geoad.GeoModule(net := nn.Linear(3, 2))
+    theta = geo.point().blocks
+    stacks: list[list[type]] = []
+    net.register_forward_pre_hook(lambda *_: stacks.append([type(each) for each in _get_current_function_mode_stack()]))
+    with _Counting() as seen, SpelledOut(), Lean():
+        geo.evaluate(theta, X)
+        assert [type(each) for each in _get_current_function_mode_stack()[-3:]] == [_Counting, SpelledOut, Lean]
+    assert seen.count == 3 and [Lean in stack for stack in stacks] == [False, False, True]
+    noisy = geoad.GeoModule(Custom(lambda net, x: plain(net, torch.randn_like(x))))
+    with SpelledOut() as mode:  # it is there again after a refusal too
+        with pytest.raises(UnsupportedModuleError):
+            noisy.evaluate(noisy.point().blocks, X)
+        assert _get_current_function_mode_stack()[-1] is mode
 
 
 def test_compiled_derivatives() -> None:

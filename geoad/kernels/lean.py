@@ -2,13 +2,13 @@
 
 Where a gradient is differentiated again (``torch.autograd.grad`` twice), torch 2.13 computes for a convolution the cotangent of
 its input whether or not somebody asks for it: for the first layer, whose input are the data, this costs as much as the whole
-gradient of that layer. And for ReLU it computes, adds and sends back zeros. `Lean` evaluates these operations as functions with
-the same values and with derivatives of every order.
+gradient of that layer. And for ReLU and max pooling it computes, adds and sends back zeros. `Lean` evaluates these operations
+as functions with the same values and with derivatives of every order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ _MANY = 1 << 15
 
 
 class Lean(FormulaMode):
-    """Convolutions of data and ReLU, for derivatives by plain autograd; under a transform they are left to torch.
+    """Convolutions of data, ReLU and max pooling, for derivatives by plain autograd; under a transform they are left to torch.
 
     >>> import torch
     >>> from geoad.kernels.lean import Lean
@@ -143,9 +143,101 @@ class _ReLU(torch.autograd.Function):
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
-    if inplace or input.numel() < _MANY or not (type(input) is Tensor and input.requires_grad and _recording(input)):
-        return None
-    return cast(Tensor, _ReLU.apply(input))
+    return None if inplace or not _worthwhile(input) else cast(Tensor, _ReLU.apply(input))
+
+
+def _worthwhile(x: Tensor) -> bool:
+    """Derivatives by `x` are recorded, and it has many numbers."""
+    return x.numel() >= _MANY and type(x) is Tensor and x.requires_grad and x.is_floating_point() and _recording(x)
+
+
+# -- max pooling -------------------------------------------------------------------------------------------------------------
+
+
+_CHANNELS = 8
+"""From so many channels on torch's vectors over channels pay for the other layout, on CPU."""
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """How max pooling goes over its input (samples, channels, *places), of two or three axes of places."""
+
+    shape: tuple[int, ...]
+    layout: tuple[int, ...]
+    numbers: Sequence[list[int]]
+    """Size, stride, padding and dilation."""
+    ceil_mode: bool
+
+    def pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The maxima and their places.
+
+        Over channels that lie side by side torch's loop is several times faster than over planes; both take the first maximum.
+        """
+        axes = len(self.shape) - 2
+        pool = getattr(torch.ops.aten, f"max_pool{axes}d_with_indices")
+        if x.device.type == "cpu" and x.is_contiguous() and x.shape[1] >= _CHANNELS:
+            beside = torch.channels_last if axes == 2 else torch.channels_last_3d
+            y, at = pool(x.contiguous(memory_format=beside), *self.numbers, self.ceil_mode)
+            return y.contiguous(), at.contiguous()
+        return pool(x, *self.numbers, self.ceil_mode)
+
+    def spread(self, g: Tensor, at: Tensor) -> Tensor:
+        """The transpose of x ↦ x[at] at g."""
+        backward = getattr(torch.ops.aten, f"max_pool{len(self.shape) - 2}d_with_indices_backward")
+        like = g.new_empty_strided(self.shape, self.layout)  # its numbers do not matter
+        return backward(g, like, *self.numbers, self.ceil_mode, at)
+
+
+class _MaxPool(torch.autograd.Function):
+    """x ↦ x[at], with the places of the maxima as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, windows: _Windows, x: Tensor) -> Tensor:
+        y, at = windows.pooled(x)
+        ctx.windows = windows
+        ctx.save_for_backward(at)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return None, _Unpool.apply(ctx.windows, cotangents[0], *ctx.saved_tensors)
+
+
+class _Unpool(torch.autograd.Function):
+    """Its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, windows: _Windows, g: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(at)
+        return windows.spread(g, at)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (at,) = ctx.saved_tensors
+        return None, cotangents[0].flatten(2).gather(2, at.flatten(2)).view(at.shape), None
+
+
+def _max_pool(axes: int) -> Callable[..., Tensor | None]:
+    def formula(
+        input: Tensor,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor | None:
+        if return_indices or input.ndim != axes + 2 or not _worthwhile(input):
+            return None
+        step = kernel_size if stride is None or (not isinstance(stride, int) and not len(stride)) else stride
+        numbers = [_each(each, axes) for each in (kernel_size, step, padding, dilation)]
+        x = input if axes > 1 else input.unsqueeze(2)  # torch has it as one row too
+        if axes == 1:
+            numbers = [[n, *each] for n, each in zip((1, 1, 0, 1), numbers, strict=True)]
+        y = cast(Tensor, _MaxPool.apply(_Windows(tuple(x.shape), x.stride(), numbers, ceil_mode), x))
+        return y if axes > 1 else y.squeeze(2)
+
+    return formula
 
 
 Lean.formulas = {
@@ -155,4 +247,10 @@ Lean.formulas = {
     functional.relu: _relu,
     torch.relu: _relu,
     Tensor.relu: _relu,
+    functional.max_pool1d: _max_pool(1),
+    functional.max_pool2d: _max_pool(2),
+    functional.max_pool3d: _max_pool(3),
+    torch.max_pool1d: _max_pool(1),
+    torch.max_pool2d: _max_pool(2),
+    torch.max_pool3d: _max_pool(3),
 }

@@ -7,8 +7,8 @@ trees of tensors (dicts, tuples). The results are differentiable.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from geoad.kernels.graph import dependencies, nodes, once_differentiable
 from geoad.kernels.ladder import at_top_level, climb, differentiated_twice, failed_before, refuse_second
 from geoad.kernels.lean import Lean
 from geoad.kernels.norms import SpelledOut
-from geoad.kernels.spelled import apart
+from geoad.kernels.spelled import FormulaMode, apart
 from geoad.params import flatten, is_wrapped
 
 __all__ = ["batched", "gradient", "hessian_product", "jvp", "mapped", "push_pull", "quiet_vmap", "vjp"]
@@ -189,6 +189,12 @@ def quiet_vmap(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return call
 
 
+class _Formulas(FormulaMode):
+    """`SpelledOut` and `Lean`, in one mode."""
+
+    formulas: ClassVar[Mapping[Any, Callable[..., Any]]] = {**SpelledOut.formulas, **Lean.formulas}
+
+
 class _Tape:
     """f(x) recorded by plain autograd on leaves of its own.
 
@@ -201,7 +207,7 @@ class _Tape:
         keep = torch.is_grad_enabled()
         given, self.build = flatten(x)
         self.leaves = [_leaf(each, keep) for each in given]
-        with torch.enable_grad(), SpelledOut(), Lean():  # further transforms inside are not seen by the norms
+        with torch.enable_grad(), _Formulas():  # further transforms inside are not seen by the norms
             result = fn(self.build(self.leaves))
         self.value: Any = result[0] if has_aux else result
         self.aux: tuple[Any, ...] = result[1:] if has_aux else ()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FormulaMode", "apart", "depth", "orders"]
+__all__ = ["FormulaMode", "apart", "depth", "orders", "without_formulas"]
 
 
 def depth() -> float:
@@ -52,3 +52,19 @@ class FormulaMode(TorchFunctionMode):
         formula = self.formulas.get(func)
         result = None if formula is None else formula(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if result is None else result
+
+
+_overrides: Any = torch.overrides
+
+
+@contextlib.contextmanager
+def without_formulas() -> Generator[None]:
+    """In this block the innermost modes with formulas are not there: every call of torch would go through them."""
+    taken: list[Any] = []
+    while isinstance(_overrides._get_current_function_mode(), FormulaMode):
+        taken.append(_overrides._pop_mode())
+    try:
+        yield
+    finally:
+        for mode in reversed(taken):
+            _overrides._push_mode(mode)

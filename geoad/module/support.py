@@ -6,6 +6,7 @@ What only an evaluation shows is found by `geoad.module.survey`.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -50,7 +51,12 @@ def admit(net: nn.Module) -> nn.Module:
 
 def _from(thing: Any, *packages: str) -> bool:
     """True if a class of `thing` comes from one of these packages; nothing is imported."""
-    return any(cls.__module__.startswith(packages) for cls in type(thing).__mro__)
+    return _descends(type(thing), packages)
+
+
+@functools.lru_cache(maxsize=512)
+def _descends(kind: type, packages: tuple[str, ...]) -> bool:
+    return any(cls.__module__.startswith(packages) for cls in kind.__mro__)
 
 
 def _refusal(module: nn.Module) -> str | None:
