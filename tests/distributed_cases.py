@@ -26,7 +26,8 @@ from geoad.curvature import GGN, Fisher, LowRank, resumable
 from geoad.distributed import ProcessError, all_reduce, kernel_rows, require_same_point, shard
 from geoad.errors import BasePointError, GeometryError, VarianceError
 from geoad.kernels.kernel_gram import Group
-from geoad.kernels.layered import Rows, linearize, plan_of
+from geoad.kernels.layered import linearize, plan_of
+from geoad.kernels.rows import Rows
 from geoad.metrics import Euclidean
 
 X = torch.linspace(-2.0, 2.0, 28, dtype=torch.float64).reshape(7, 4).cos()

@@ -16,8 +16,9 @@ from geoad.data import take
 from geoad.kernels.factors import EigenSum, KroneckerSum
 from geoad.kernels.gram import GramSum
 from geoad.kernels.jacobians import sample_jacobian
-from geoad.kernels.layered import Plan, Rows, linearize, plan_of
+from geoad.kernels.layered import linearize, plan_of
 from geoad.kernels.layers import Layer, layers_of
+from geoad.kernels.rows import Plan, Rows
 from geoad.kernels.squares import add_cross, add_squares, coupled
 
 SAMPLES, SEEDS = 5, 3

@@ -17,7 +17,8 @@ from geoad.curvature import Difference, Fisher
 from geoad.kernels import kernel_gram, kernel_terms
 from geoad.kernels.kernel_gram import gram_of_rows
 from geoad.kernels.kernel_terms import Positions, add_products
-from geoad.kernels.layered import Rows, linearize, plan_of
+from geoad.kernels.layered import linearize, plan_of
+from geoad.kernels.rows import Rows
 from geoad.metrics import Constant, Diagonal, Euclidean
 from geoad.params import Layout
 

@@ -14,7 +14,8 @@ import geoad
 from geoad.data import take
 from geoad.kernels import positions
 from geoad.kernels.jacobians import sample_jacobian
-from geoad.kernels.layered import Linearized, Plan, Rows, linearize, plan_of
+from geoad.kernels.layered import Linearized, linearize, plan_of
+from geoad.kernels.rows import Plan, Rows
 from geoad.kernels.tap import Tap
 from geoad.testing import zoo
 

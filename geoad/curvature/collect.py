@@ -23,9 +23,9 @@ from geoad.curvature.representations import (
 )
 from geoad.errors import GeometryError
 from geoad.kernels.gram import GramSum
-from geoad.kernels.layered import Plan, Rows
 from geoad.kernels.layers import Layer
 from geoad.kernels.memory import require_memory
+from geoad.kernels.rows import Plan, Rows
 from geoad.kernels.squares import add_cross, add_squares, coupled
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, Layout, first

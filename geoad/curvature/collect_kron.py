@@ -11,7 +11,7 @@ from geoad.curvature.collect import Collector, Parts, Task, accumulation_dtype, 
 from geoad.curvature.representations import EKFAC, KFAC, layers_of
 from geoad.errors import GeometryError
 from geoad.kernels.factors import EigenSum, KroneckerSum
-from geoad.kernels.layered import Rows, UseRows
+from geoad.kernels.rows import Rows, UseRows
 from geoad.kernels.uses import ConvUse
 from geoad.params import Layout
 

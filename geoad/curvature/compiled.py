@@ -21,7 +21,8 @@ from geoad.curvature.representations import Diagonal, Mixed, Representation
 from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.ladder import FIXES, Fix, watched
-from geoad.kernels.layered import Plan, linearize, linearize_together
+from geoad.kernels.layered import linearize, linearize_together
+from geoad.kernels.rows import Plan
 from geoad.kernels.stamps import stamp
 from geoad.params import Blocks, first, flatten, is_wrapped
 

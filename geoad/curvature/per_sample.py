@@ -12,8 +12,8 @@ from geoad.charts import Point
 from geoad.curvature.sweep import Batch, Plans, sweep
 from geoad.errors import GeometryError
 from geoad.fields.scalar import ScalarField, require_point
-from geoad.kernels.layered import Rows
 from geoad.kernels.memory import bytes_of
+from geoad.kernels.rows import Rows
 from geoad.module.sources import LossSource
 from geoad.params import Blocks, Layout, first
 from geoad.tensors import Covector

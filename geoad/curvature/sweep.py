@@ -13,7 +13,8 @@ from geoad.curvature.likelihoods.roots import Portion, Seeds
 from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
-from geoad.kernels.layered import Linearized, Outputs, Plan, Rows, glance, linearize, trial
+from geoad.kernels.layered import Linearized, Outputs, glance, linearize, trial
+from geoad.kernels.rows import Plan, Rows
 from geoad.params import Blocks, Layout, first
 
 __all__ = ["Batch", "Consumer", "Plans", "Portion", "Seeds", "sweep"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from geoad.distributed.exchange import ProcessGroup
 from geoad.kernels.kernel_gram import Features, Group, features, gram
 from geoad.kernels.kernel_terms import Term
-from geoad.kernels.layered import Rows
+from geoad.kernels.rows import Rows
 
 __all__ = ["Forms", "forms_of", "in_turn", "kernel_rows"]
 

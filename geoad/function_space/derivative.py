@@ -13,8 +13,9 @@ from geoad.curvature.sweep import Batch, Plans, Portion
 from geoad.data import Batches, take
 from geoad.errors import GeometryError
 from geoad.kernels import products
-from geoad.kernels.layered import Outputs, Rows, linearize
+from geoad.kernels.layered import Outputs, linearize
 from geoad.kernels.linear import Repeated
+from geoad.kernels.rows import Rows
 from geoad.params import Blocks, Layout, add, first
 
 __all__ = ["Derivative", "require_length", "rows_of"]

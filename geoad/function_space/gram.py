@@ -12,8 +12,8 @@ from geoad.distributed.exchange import ProcessGroup
 from geoad.distributed.rows import forms_of, in_turn
 from geoad.kernels import kernel_gram
 from geoad.kernels.kernel_gram import DifferentStructure, Features, Group, features, mirror
-from geoad.kernels.layered import Rows
 from geoad.kernels.memory import require_memory
+from geoad.kernels.rows import Rows
 
 __all__ = ["gram", "numbers_beside"]
 

@@ -21,8 +21,8 @@ from geoad.function_space.gram import gram, numbers_beside
 from geoad.function_space.space import at_home
 from geoad.kernels.conditions import together
 from geoad.kernels.kernel_gram import Group
-from geoad.kernels.layered import Rows
 from geoad.kernels.memory import require_memory
+from geoad.kernels.rows import Rows
 from geoad.params import Blocks, add
 from geoad.tangent.data import Data
 

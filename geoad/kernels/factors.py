@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
-from geoad.kernels.layered import Plan, Rows, UseRows
 from geoad.kernels.layers import Layer, layers_of
 from geoad.kernels.positions import columns_at, inputs_at, second_moment, signals_at
+from geoad.kernels.rows import Plan, Rows, UseRows
 from geoad.kernels.squares import squares_in_basis
 from geoad.kernels.uses import EmbeddingUse
 

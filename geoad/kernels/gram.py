@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoad.kernels.layered import Rows
 from geoad.kernels.positions import Factored, is_outer
+from geoad.kernels.rows import Rows
 from geoad.params import Layout
 
 __all__ = ["GramSum"]

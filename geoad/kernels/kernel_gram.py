@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from geoad.kernels.kernel_terms import Explicit, Outer, Positions, Term, Weighted, add_equal_products, add_products, agreed
-from geoad.kernels.layered import Rows
 from geoad.kernels.layers import Layer, layers_of, rows_of_layer
 from geoad.kernels.positions import inputs_at, signals_at
+from geoad.kernels.rows import Rows
 from geoad.kernels.uses import EmbeddingUse
 from geoad.params import Blocks
 

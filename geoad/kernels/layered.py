@@ -6,10 +6,7 @@ on a chunk of samples; `Linearized.pull` sends seeds back through it and gives t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,21 +18,14 @@ from geoad.kernels.graph import dependencies
 from geoad.kernels.jacobians import batched, rebuilt
 from geoad.kernels.ladder import at_top_level, climb, one_by_one, watched
 from geoad.kernels.norms import SpelledOut
-from geoad.kernels.positions import Factored, rows_of_bias, rows_of_weight, write_row
+from geoad.kernels.rows import Plan, Rows, UseRows
 from geoad.kernels.tap import Tap
-from geoad.kernels.uses import Use
 from geoad.params import Blocks, Layout, outside_of_transforms, unwrapped
 
 __all__ = [
-    "BlockRows",
-    "Factored",
     "Glance",
     "Linearized",
-    "Plan",
-    "Rows",
-    "UseRows",
     "glance",
-    "joined",
     "linearize",
     "linearize_together",
     "plan_of",
@@ -46,48 +36,6 @@ _ = rules  # the tap knows them from now on
 
 Outputs = Callable[[Blocks, Any], Tensor]
 _Backs = Sequence[Tensor]
-
-BlockRows = Factored | Tensor
-"""The rows of one block for n samples and K seeds: factored, or a tensor (n, K, size)."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which blocks have the structure of layers at all their uses.
-
-    Attributes:
-        uses: the tapped operations of these blocks, in the order in which they run.
-        covered: these blocks.
-        others: the blocks that are not covered -> the functions that see them otherwise (none if they are not used).
-    """
-
-    uses: list[Use]
-    covered: frozenset[str]
-    others: dict[str, list[str]]
-
-    def coverage(self) -> dict[str, str]:
-        """For each block the rules that cover it, or the functions that prevent it."""
-        found: dict[str, list[str]] = {name: [] for name in self.covered}
-        for use in self.uses:
-            for name in use.names:
-                found[name].append(_RULE_NAMES.get(type(use).__name__, type(use).__name__))
-        covered = {name: ", ".join(dict.fromkeys(kinds)) for name, kinds in found.items()}
-        generic = {name: f"generic: {', '.join(dict.fromkeys(why)) or 'not used'}" for name, why in self.others.items()}
-        return covered | generic
-
-    def without_structure(self, why: str = "") -> Plan:
-        """The plan that covers nothing: every block is differentiated generically, which is always right."""
-        reason = [why] if why else []
-        return Plan([], frozenset(), dict.fromkeys(self.covered, reason) | self.others)
-
-
-_RULE_NAMES = {
-    "AffineUse": "affine",
-    "ConvUse": "convolution",
-    "EmbeddingUse": "embedding",
-    "ScaleUse": "scale",
-    "ShiftUse": "shift",
-}
 
 
 def plan_of(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
@@ -291,132 +239,3 @@ class _OneByOne(Linearized):
         stacked = {name: torch.stack([each[name] for each in found]) for name in self.layout}
         others = {name: _wide(each.reshape(len(found), len(seeds), -1)) for name, each in stacked.items()}
         return Rows(self.layout, self.plan, [], others, len(found), len(seeds))
-
-
-# -- rows --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class UseRows:
-    """What went into one use, and what came back.
-
-    Attributes:
-        use: the use.
-        a: what was recorded (n, ...).
-        back: for each seed, what came back to the output (n, *use.shape).
-    """
-
-    use: Use
-    a: Tensor
-    back: Sequence[Tensor]
-
-    def part(self, samples: slice) -> UseRows:
-        """That of some samples."""
-        return UseRows(self.use, self.a[samples], [each[samples] for each in self.back])
-
-    @cached_property
-    def g(self) -> Tensor:
-        """What came back, (n, K, *use.shape)."""
-        return self.back[0].unsqueeze(1) if len(self.back) == 1 else torch.stack(tuple(self.back), 1)
-
-    def rows(self, name: str) -> BlockRows:
-        """The part of the rows of a block that is due to this use."""
-        use, parts = self.use, list[BlockRows]()
-        if use.weight is not None and use.weight.name == name:
-            parts.append(rows_of_weight(use, self.a, self.g))
-        if use.bias is not None and use.bias.name == name:
-            parts.append(rows_of_bias(use, self.g))
-        return _joined(parts)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows r = sᵀ J_n of n samples and K seeds, for all blocks.
-
-    Attributes:
-        layout: the blocks with their shapes.
-        plan: which of them have structure.
-        uses: the rows of the covered blocks, in structure.
-        others: the rows of the other blocks (n, K, size).
-        samples, seeds: n and K.
-        further: these are more seeds of the samples that came last.
-    """
-
-    layout: Layout = field(repr=False)
-    plan: Plan = field(repr=False)
-    uses: list[UseRows]
-    others: dict[str, Tensor]
-    samples: int
-    seeds: int
-    further: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the numbers."""
-        return self.uses[0].back[0].dtype if self.uses else next(iter(self.others.values())).dtype
-
-    def part(self, samples: slice) -> Rows:
-        """The rows of some samples."""
-        uses = [each.part(samples) for each in self.uses]
-        others = {name: each[samples] for name, each in self.others.items()}
-        count = len(range(*samples.indices(self.samples)))
-        return Rows(self.layout, self.plan, uses, others, count, self.seeds, self.further)
-
-    def numbers_of_a_sample(self) -> int:
-        """How many numbers are held for each sample: what went in, what came back, and rows that are explicit."""
-        # back twice, for kernels stack it; and about four numbers of the graph for each output
-        kept = [each.a[0].numel() + (2 * self.seeds + 4) * math.prod(each.use.shape) for each in self.uses]
-        return sum(kept) + sum(each[0].numel() for each in self.others.values())
-
-    def of(self, name: str) -> list[UseRows]:
-        """The uses of a block; none if it is not covered."""
-        return [each for each in self.uses if name in each.use.names]
-
-    def block(self, name: str) -> BlockRows:
-        """The rows of a block: an outer product if it is used once at one position, or (n, K, size)."""
-        if name in self.others:
-            return self.others[name]
-        return _joined([each.rows(name) for each in self.of(name)])
-
-    def explicit(self, name: str) -> Tensor:
-        """(n, K, size)."""
-        rows = self.block(name)
-        return rows.dense() if isinstance(rows, Factored) else rows
-
-    def write(self, result: Blocks, place: slice) -> None:
-        """Write the rows of the only seed to `place` of the leading axis of `result` (N, *shape)."""
-        if self.seeds != 1:
-            raise ValueError(f"rows of a single seed were asked for, there are {self.seeds}")
-        for name, target in result.items():
-            self._write(name, target[place])
-
-    def _write(self, name: str, target: Tensor) -> None:
-        """The rows of a block, without another copy where they are outer products."""
-        uses = self.of(name)
-        written = False
-        if len(uses) == 1 and not _recorded(uses[0].a, uses[0].back[0]):
-            written = write_row(uses[0].use, uses[0].a, uses[0].back[0], name, target)
-        if not written:
-            target.copy_(self.explicit(name).reshape(target.shape))
-
-
-def _recorded(*parts: Tensor) -> bool:
-    """Derivatives of what is made of these may be asked for: it cannot be written to memory that is there."""
-    return not at_top_level() or (torch.is_grad_enabled() and any(each.requires_grad for each in parts))
-
-
-def joined(name: str, uses: Sequence[UseRows]) -> Tensor:
-    """The rows (n, K, size) of a block from its uses."""
-    rows = _joined([each.rows(name) for each in uses])
-    return rows.dense() if isinstance(rows, Factored) else rows
-
-
-def _joined(parts: list[BlockRows]) -> BlockRows:
-    """The sum over the uses of a block."""
-    if len(parts) == 1:
-        return parts[0]
-    dense = [part.dense() if isinstance(part, Factored) else part for part in parts]
-    total = dense[0].clone()
-    for part in dense[1:]:
-        total += part
-    return total

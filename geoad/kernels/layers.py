@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geoad.kernels.layered import Plan, Rows, UseRows
 from geoad.kernels.positions import inputs_at, signals_at
+from geoad.kernels.rows import Plan, Rows, UseRows
 from geoad.kernels.uses import AffineUse, ConvUse, EmbeddingUse, Part, Use
 
 __all__ = ["Bases", "Layer", "explicit_rows", "layers_of", "numbers_of_rows", "portions", "rows_of_layer", "single_layer"]

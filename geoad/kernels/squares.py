@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from geoad.kernels.layered import Plan, Rows, UseRows, joined
 from geoad.kernels.layers import Bases, Layer, explicit_rows, layers_of, numbers_of_rows, portions, rows_of_layer
 from geoad.kernels.positions import inputs_at, signals_at
+from geoad.kernels.rows import Plan, Rows, UseRows, joined
 from geoad.kernels.uses import EmbeddingUse
 from geoad.params import Blocks
 

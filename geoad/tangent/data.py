@@ -20,8 +20,9 @@ from geoad.data import Batches, batch_size, take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.kernel_gram import Features, Group, features
-from geoad.kernels.layered import Linearized, Plan, Rows, linearize, trial
+from geoad.kernels.layered import Linearized, linearize, trial
 from geoad.kernels.layers import layers_of
+from geoad.kernels.rows import Plan, Rows
 from geoad.kernels.uses import EmbeddingUse
 from geoad.params import Blocks, Layout, equal
 
