@@ -21,6 +21,14 @@ CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], dict[str, Any]]] =
     "2d": (functional.conv2d, (2, 2, 6, 5), (3, 2, 3, 2), {"padding": (1, 0), "dilation": (1, 2)}),
     "2d, groups": (functional.conv2d, (2, 4, 4, 4), (6, 2, 2, 2), {"groups": 2, "stride": (2, 1)}),
     "3d": (functional.conv3d, (1, 2, 4, 3, 4), (2, 2, 2, 2, 2), {"stride": [1, 1, 2]}),
+    "1d, one channel": (functional.conv1d, (900, 1, 41), (4, 1, 3), {"stride": 3, "padding": 1}),
+    "2d, one channel": (
+        functional.conv2d,
+        (150, 1, 9, 7),
+        (3, 1, 3, 2),
+        {"padding": (1, 2), "dilation": (2, 1), "stride": (1, 2)},
+    ),
+    "3d, one channel": (functional.conv3d, (70, 1, 5, 6, 5), (2, 1, 2, 3, 2), {"stride": (1, 2, 1), "padding": (0, 1, 0)}),
     "no samples": (functional.conv2d, (0, 2, 6, 5), (3, 2, 3, 2), {}),
 }
 

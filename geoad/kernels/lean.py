@@ -8,6 +8,7 @@ as functions with the same values and with derivatives of every order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from geoad.kernels.ladder import at_top_level
+from geoad.kernels.positions import patches
 from geoad.kernels.spelled import FormulaMode
+from geoad.kernels.uses import ConvUse
 
 __all__ = ["Lean"]
 
@@ -64,6 +67,47 @@ class _Form:
         return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
 
+@dataclass(frozen=True)
+class _Plane(_Form):
+    """A convolution of a single channel, as products with the patches P (n, positions, in) of the input.
+
+    Attributes:
+        places: the shape of the positions.
+    """
+
+    places: tuple[int, ...]
+
+    def convolved(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """P Wᵀ + b."""
+        rows = w.flatten(1).expand(len(x), -1, -1)
+        y = torch.bmm(rows, x.mT) if b is None else torch.baddbmm(b.unsqueeze(-1), rows, x.mT)
+        return y.view(len(x), len(w), *self.places)
+
+    def correlated(self, x: Tensor, g: Tensor, w: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Σ gᵀ P, and Σ g."""
+        g = g.flatten(2)
+        return torch.bmm(g, x).sum(0).view(w.shape), g.sum((0, 2)) if bias else None
+
+
+_ROOM = 1 << 21
+"""Up to so many numbers patches are copied for it."""
+
+
+def _plane(form: _Form, x: Tensor, w: Tensor) -> tuple[_Form, Tensor]:
+    """A convolution and its input, as patches where that is several times faster: for one channel, on CPU."""
+    spans = [(size - 1) * step for size, step in zip(w.shape[2:], form.dilation, strict=True)]
+    rest = [n + 2 * pad - span - 1 for n, pad, span in zip(x.shape[2:], form.padding, spans, strict=True)]
+    places = tuple(left // step + 1 for left, step in zip(rest, form.stride, strict=True))
+    count = len(x) * math.prod(places) * w[0].numel()
+    if x.device.type != "cpu" or x.shape[1] != 1 or form.groups != 1 or min(rest) < 0 or not _MANY <= count <= _ROOM:
+        return form, x
+    around = tuple((pad, pad) for pad in form.padding)
+    stride, dilation = tuple(form.stride), tuple(form.dilation)
+    use = ConvUse(None, None, (len(w), *places), 1, tuple(w.shape[2:]), stride, dilation, around, (1,) * len(places))
+    rows = patches(use, x.unsqueeze(1))[:, 0]
+    return _Plane(form.stride, form.padding, form.dilation, 1, places), rows.contiguous()
+
+
 class _Convolution(torch.autograd.Function):
     """(w, b) ↦ x * w + b."""
 
@@ -106,7 +150,7 @@ def _convolution(
     if isinstance(padding, str) or input.ndim != weight.ndim or not _is_linear(input, weight, bias):
         return None
     form = _Form(_each(stride, axes), _each(padding, axes), _each(dilation, axes), groups)
-    return cast(Tensor, _Convolution.apply(form, input, weight, bias))
+    return cast(Tensor, _Convolution.apply(*_plane(form, input, weight), weight, bias))
 
 
 def _each(number: int | Sequence[int], axes: int) -> list[int]:

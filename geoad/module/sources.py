@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from geoad.data import Batches, require_match
 from geoad.errors import GeometryError
@@ -78,6 +80,13 @@ class LossSource:
 def _accepts_reduction(loss: Callable[..., Any]) -> bool:
     if isinstance(loss, torch.nn.Module):
         return False
+    if loss is getattr(functional, getattr(loss, "__name__", ""), None):  # those of torch are asked once
+        return _names_reduction(loss)
+    return _names_reduction.__wrapped__(loss)
+
+
+@functools.cache
+def _names_reduction(loss: Callable[..., Any]) -> bool:
     try:
         return "reduction" in inspect.signature(loss).parameters
     except (TypeError, ValueError):

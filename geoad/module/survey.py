@@ -89,7 +89,7 @@ class Use:
     training: bool
 
 
-_FEW = 8
+_FEW = 4
 _FEW_IN_TRAINING = 32
 """Layers that drop whole samples now and then have to be caught at it."""
 
