@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FormulaMode", "apart", "depth", "orders", "without_formulas"]
+__all__ = ["FormulaMode", "OwnMode", "apart", "depth", "orders", "without_own_modes"]
 
 
 def depth() -> float:
@@ -43,7 +43,11 @@ def orders() -> float:
     return depth() - _local.apart
 
 
-class FormulaMode(TorchFunctionMode):
+class OwnMode(TorchFunctionMode):
+    """A mode of geoad, which has nothing to do with evaluations on the way that are not for their derivatives."""
+
+
+class FormulaMode(OwnMode):
     """Evaluates ``formulas[func]`` for a function of torch; one that returns None leaves it to torch."""
 
     formulas: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
@@ -58,10 +62,10 @@ _overrides: Any = torch.overrides
 
 
 @contextlib.contextmanager
-def without_formulas() -> Generator[None]:
-    """In this block the innermost modes with formulas are not there: every call of torch would go through them."""
+def without_own_modes() -> Generator[None]:
+    """In this block the innermost modes of geoad are not there: every call of torch would go through them."""
     taken: list[Any] = []
-    while isinstance(_overrides._get_current_function_mode(), FormulaMode):
+    while isinstance(_overrides._get_current_function_mode(), OwnMode):
         taken.append(_overrides._pop_mode())
     try:
         yield

@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 
-from geoad.kernels.spelled import depth
+from geoad.kernels.spelled import OwnMode, depth
 from geoad.kernels.uses import Part, Use
 
 __all__ = ["RULES", "Tap", "tapped"]
@@ -29,7 +29,7 @@ RULES: dict[Any, Rule] = {}
 """torch function -> rule(tap, *args, **kwargs): the result, or None if the rule does not know this case."""
 
 
-class Tap(TorchFunctionMode):
+class Tap(OwnMode):
     """Records what happens to parameters while it is active.
 
     Args:
@@ -69,8 +69,7 @@ class Tap(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _DERIVATIVES:
             self._note_all(resolve_name(func) or "a derivative")
-        leaves = list(_tensors([*args, *kwargs.values()]))
-        if not any(id(leaf) in self._parts for leaf in leaves):
+        if not (self._sees(args) or (kwargs and self._sees(kwargs.values()))):
             return func(*args, **kwargs)
         rule = RULES.get(func)
         if rule is not None and _fits(rule, args, kwargs):
@@ -79,8 +78,19 @@ class Tap(TorchFunctionMode):
                 return result
         if func in _VIEWS and self.part(args[0]) is not None:
             return self._viewed(args[0], func(*args, **kwargs), func)
-        self.note(func, leaves)
+        self.note(func, list(_tensors([*args, *kwargs.values()])))
         return func(*args, **kwargs)
+
+    def _sees(self, given: Iterable[Any]) -> bool:
+        """A parameter is among the arguments of a torch function. Asked for every call, so without generators."""
+        for each in given:
+            if id(each) in self._parts:
+                return True
+            if isinstance(each, (list, tuple)) and self._sees(cast("Sequence[Any]", each)):
+                return True
+            if isinstance(each, dict) and self._sees(cast("dict[Any, Any]", each).values()):
+                return True
+        return False
 
     # -- for the rules -------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from geoad.errors import UnsupportedModuleError
 from geoad.kernels.graph import dependencies, nodes, once_differentiable
 from geoad.kernels.ladder import forget_forward_mode, only_once, singly
-from geoad.kernels.spelled import without_formulas
+from geoad.kernels.spelled import without_own_modes
 from geoad.module.support import refuse_modules
 from geoad.params import Blocks, map_blocks
 
@@ -59,7 +59,7 @@ class Survey:
         if not (look or compare):
             return
         refuse_modules(use.net, sampled)
-        with _apart(), without_formulas(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        with _apart(), without_own_modes(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluation that follows will say it
             bare = map_blocks(lambda block: _bare(block, 0).detach(), theta)  # other objects: a `Tap` looks away
             samples = [_mapped(args, lambda each, i=i: _bare(each, i)) for i in range(2 if batched else 1)]
