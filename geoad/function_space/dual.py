@@ -325,7 +325,7 @@ def _require_field(metric: Any) -> None:
 
 
 def _require_positive(damping: float | Tensor) -> None:
-    if not float(damping) > 0:
+    if not bool(damping > 0):
         raise GeometryError(
             f"damping={float(damping):g}: without a positive multiple of the metric the matrix has rank N·K at most and no "
             "inverse. Pass damping > 0, add a positive definite field, or solve by the dense matrix."
