@@ -180,5 +180,5 @@ class Pullback(MetricField):
         return FieldOperator(self, x)
 
     def product(self, x: Blocks, v: Blocks) -> Blocks:
-        y, velocity = products.jvp(self.map, x, v)
-        return products.vjp(self.map, x)[1](self.metric.product(y, velocity))
+        y, velocity, pull = products.push_pull(self.map, x, v)
+        return pull(self.metric.product(y, velocity))

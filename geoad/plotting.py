@@ -24,7 +24,7 @@ __all__ = ["contours", "coordinate_lines", "spectrum", "trajectory"]
 Range = tuple[float, float]
 
 
-def _axes(ax: Axes | None) -> Axes:
+def axes_of(ax: Axes | None) -> Axes:
     """The given axes, or those of a new figure."""
     if ax is not None:
         return ax
@@ -33,7 +33,7 @@ def _axes(ax: Axes | None) -> Axes:
     except ImportError as error:
         raise GeometryError(
             "drawing needs matplotlib, which is not installed. It is an extra: pip install geoad[plot]. Only "
-            "geoad.plotting uses it."
+            "geoad.plotting and geoad.plotting_kernels use it."
         ) from error
     return pyplot.subplots()[1]
 
@@ -91,7 +91,7 @@ def contours(
         **style: of the lines, for ``Axes.contour``; ``cmap`` is that of the areas.
     """
     _require_plane(chart, "level sets")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     x, y = _mesh(xlim, ylim, resolution, resolution)
     with torch.no_grad():
         z = field(_point(chart, x.reshape(-1), y.reshape(-1))).reshape(x.shape)
@@ -131,7 +131,7 @@ def coordinate_lines(
     """
     _require_plane(of, "coordinate lines")
     _require_plane(chart, "coordinate lines")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     style = {"color": "0.55", "linewidth": 0.6, **style}
     first, second = _mesh(xlim, ylim, count, resolution)
     lines = [(first, second)]
@@ -163,7 +163,7 @@ def trajectory(
         **style: of the line, for ``Axes.plot``.
     """
     _require_plane(chart, "trajectories")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     seen = _numbers(points, chart).numpy()
     (line,) = ax.plot(seen[:, 0], seen[:, 1], label=label, **style)
     if ends:
@@ -187,7 +187,7 @@ def spectrum(values: Sequence[Tensor], ax: Axes | None = None, *, labels: Sequen
         labels: for the legend, one for each line.
         **style: of the lines, for ``Axes.plot``.
     """
-    ax = _axes(ax)
+    ax = axes_of(ax)
     for index, each in enumerate(values):
         sorted_values = each.detach().cpu().sort(descending=True).values
         rank = torch.arange(1, len(sorted_values) + 1, device="cpu")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geoad.errors import GeometryError
+from geoad.plotting import axes_of
 from geoad.tangent import Evolution, KernelPCA
 from geoad.tensors import Cometric
 
@@ -20,20 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["components", "eigenvalues", "evolution", "kernel"]
-
-
-def _axes(ax: Axes | None) -> Axes:
-    """The given axes, or those of a new figure."""
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise GeometryError(
-            "drawing needs matplotlib, which is not installed. It is an extra: pip install geoad[plot]. Only "
-            "geoad.plotting and geoad.plotting_kernels use it."
-        ) from error
-    return pyplot.subplots()[1]
 
 
 def kernel(value: Cometric, ax: Axes | None = None, *, order: Tensor | None = None, **style: Any) -> Axes:
@@ -45,7 +32,7 @@ def kernel(value: Cometric, ax: Axes | None = None, *, order: Tensor | None = No
         order: labels (n,): the samples are sorted by them, so that classes are squares along the diagonal.
         **style: of the image, for ``Axes.imshow``.
     """
-    ax = _axes(ax)
+    ax = axes_of(ax)
     matrix = value.to_dense().detach().cpu()
     if matrix.ndim != 2:
         raise GeometryError(
@@ -90,7 +77,7 @@ def components(
             f"two components of one score for each sample are drawn, found scores of shape {tuple(pca.scores.shape)} and the "
             f"pair {pair}. Use kernel_pca(ntk(geo, x, contract='trace'), p, k={max(pair) + 1})."
         )
-    ax = _axes(ax)
+    ax = axes_of(ax)
     i, j = pair
     options: dict[str, Any] = {"s": 14, **style}
     if labels is None:
@@ -117,7 +104,7 @@ def eigenvalues(record: Evolution, ax: Axes | None = None, **style: Any) -> Axes
         ax: the axes; None makes a figure.
         **style: of the lines, for ``Axes.plot``.
     """
-    ax = _axes(ax)
+    ax = axes_of(ax)
     table = record.table()
     values = table["eigenvalues"].detach().cpu()
     for index, line in enumerate(values.mT):
@@ -149,7 +136,7 @@ def evolution(
     if unknown:
         known = [name for name in table if name not in ("step", "eigenvalues")]
         raise GeometryError(f"an evolution has no quantities {unknown}. Available: {', '.join(known)}.")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     for name in quantities:
         ax.plot(table["step"].numpy(), table[name].numpy(), label=name.replace("_", " "), **style)
     ax.set_xlabel("step")

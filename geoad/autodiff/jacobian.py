@@ -298,9 +298,8 @@ class _PullbackOperator(ops.Implicit):
 
     def mv(self, v: Blocks) -> Blocks:
         layout = self.form.chart.layout
-        velocity = products.jvp(self.mapping, self.x, v)[1]
-        image = layout.ravel(self.form.operator.mv(layout.unravel(velocity)))
-        return products.vjp(self.mapping, self.x)[1](image)
+        _, velocity, pull = products.push_pull(self.mapping, self.x, v)
+        return pull(layout.ravel(self.form.operator.mv(layout.unravel(velocity))))
 
 
 def _pullback_tensor(mapping: _Map, tensor: Covector | Rank2, at: Point) -> Any:

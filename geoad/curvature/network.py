@@ -75,8 +75,6 @@ class NetworkCurvature(OutputCurvature):
                 f"a {name} matrix belongs to a network, found {type(geo).__name__}. Pass the geoad.GeoModule; bare networks "
                 "have no chart."
             )
-        if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise GeometryError(f"max_memory={max_memory!r} is no number of bytes. Pass e.g. 1 << 28.")
         self.structure = representation_of(representation)
         super().__init__(chart or geo.reference, "implicit" if isinstance(self.structure, Implicit) else "stored")
         if self.home.reference != geo.reference:

@@ -26,11 +26,16 @@ def bytes_of(max_memory: Any) -> int:
     >>> bytes_of(1e9)
     1000000000
     """
-    if isinstance(max_memory, (int, float)) and math.isfinite(max_memory) and max_memory >= 1:
+    if (
+        isinstance(max_memory, (int, float))
+        and not isinstance(max_memory, bool)
+        and math.isfinite(max_memory)
+        and max_memory >= 1
+    ):
         return int(max_memory)
     raise GeometryError(
-        f"max_memory={max_memory!r} was asked for. It bounds intermediate results and is a number of bytes, at least 1: pass "
-        "e.g. max_memory=2**30 for a GiB."
+        f"max_memory={max_memory!r} is no number of bytes, at least 1, that intermediate results could be bound by: pass e.g. "
+        "max_memory=2**30 for a GiB."
     )
 
 

@@ -76,7 +76,7 @@ def vjp(fn: Callable[[Any], Any], x: Any, has_aux: bool = False) -> tuple[Any, .
     return climb("vjp", [("reverse", by_func), ("autograd", by_autograd)])
 
 
-def push_pull(fn: Callable[[Any], Tensor], x: Any, v: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
+def push_pull(fn: Callable[[Any], Any], x: Any, v: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
     """(f(x), Df(x) v, pull) with pull(u) = uᵀDf(x): both products of one evaluation, by forward mode inside of reverse mode.
 
     >>> import torch
@@ -95,7 +95,7 @@ def push_pull(fn: Callable[[Any], Tensor], x: Any, v: Any) -> tuple[Tensor, Tens
         value, pull = vjp(fn, x)
         return value, jvp(fn, x, v)[1], pull
 
-    return cast("tuple[Tensor, Tensor, Callable[[Tensor], Any]]", climb("product", [("forward", together), ("apart", in_turn)]))
+    return cast("tuple[Any, Any, Callable[[Any], Any]]", climb("product", [("forward", together), ("apart", in_turn)]))
 
 
 def gradient(fn: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
