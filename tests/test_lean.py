@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import geoad
-from geoad.kernels import products
+from geoad.kernels import lean as lean_kernels
+from geoad.kernels import products, small_images
 from geoad.kernels.graph import nodes
 from geoad.kernels.lean import Lean
 
@@ -30,6 +32,9 @@ CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], dict[str, Any]]] =
     ),
     "3d, one channel": (functional.conv3d, (70, 1, 5, 6, 5), (2, 1, 2, 3, 2), {"stride": (1, 2, 1), "padding": (0, 1, 0)}),
     "no samples": (functional.conv2d, (0, 2, 6, 5), (3, 2, 3, 2), {}),
+    "one place": (functional.conv2d, (3, 2, 1, 1), (4, 2, 3, 3), {"padding": 1}),
+    "mostly outside": (functional.conv2d, (2, 3, 2, 1), (4, 3, 5, 3), {"padding": (4, 1), "stride": (3, 1)}),
+    "past the end": (functional.conv1d, (2, 2, 9), (3, 2, 2), {"stride": 4, "dilation": 3}),
 }
 
 
@@ -46,23 +51,36 @@ def third(f: Any, x: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def small(monkeypatch: pytest.MonkeyPatch, always: bool) -> None:
+    """Take the matrices of convolutions for all images, or for none."""
+    monkeypatch.setattr(lean_kernels, "is_small", lambda *_: always)
+
+
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("matrix", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_convolutions_have_the_derivatives_of_torch(case: str, bias: bool) -> None:
+def test_convolutions_have_the_derivatives_of_torch(
+    case: str, matrix: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch, matrix)
     conv, shape, weight, options = CASES[case]
-    x = torch.randn(shape)
+    x = torch.randn(shape, requires_grad=matrix)
     leaves = [torch.randn(weight, requires_grad=True)]
     leaves += [torch.randn(weight[0], requires_grad=True)] if bias else []
+    leaves += [x] if matrix else []
 
-    def f(*p: Tensor) -> Tensor:
-        return conv(x, *p, **options).sin()
+    def f(w: Tensor, *rest: Tensor) -> Tensor:
+        return conv(x, w, rest[0] if bias else None, **options).sin()
 
     with Lean():
-        lean = third(f, leaves)
+        lean, names = third(f, leaves), _names(f(*leaves))
     plain = third(f, leaves)
+    if options.get("groups", 1) == 1:
+        assert ("IndexSelectBackward0" if matrix else "_ConvolutionBackward") in names
     assert len(lean) >= len(plain) > 1
     for a, b in zip(lean, plain, strict=False):  # zeros of empty data come back as such
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        size = float(b.detach().abs().amax()) if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13 * max(1.0, size))  # sums of other orders
 
 
 @pytest.mark.parametrize("relu", [functional.relu, torch.relu, Tensor.relu, nn.ReLU()])
@@ -122,6 +140,83 @@ def _names(y: Tensor) -> set[str]:
     return {type(node).__name__ for node in nodes([y])}
 
 
+RELUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "function": functional.relu,
+    "method": Tensor.relu,
+    "torch": torch.relu,
+    "module": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("relu", RELUS)
+@pytest.mark.parametrize("case", POOLS)
+def test_pooling_before_relu(case: str, relu: str) -> None:
+    pool, shape, options = POOLS[case]
+    x = torch.randn(shape)
+    for k, number in enumerate((float("inf"), -float("inf"), -0.0, 0.0, float("nan"))):
+        x.view(-1)[k::173] = number
+    x.view(-1)[::3] = x.view(-1)[::3].round()  # with many ties
+    x.requires_grad_()
+
+    def f(x: Tensor) -> Tensor:
+        y = pool(RELUS[relu](x + 0.0), **options)
+        y = y.masked_fill(~y.isfinite(), 0.0)
+        return y.sin() * y
+
+    with Lean():
+        lean, found = third(f, [x]), _sizes(f(x), "_ReLUBackward")
+    plain = third(f, [x])
+    assert all(size < x.numel() for size in found)
+    assert len(lean) == len(plain) == 4
+    for a, b in zip(lean, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def _sizes(y: Tensor, name: str) -> list[int]:
+    return [node.saved_tensors[0].numel() for node in nodes([y]) if type(node).__name__ == name]
+
+
+def test_relu_stays_where_somebody_looks_at_it() -> None:
+    x = torch.randn(600, 8, 4, 4, requires_grad=True)
+    pool, relu = nn.MaxPool2d(2), nn.ReLU()
+
+    def sizes(change: Callable[[Tensor, Tensor], Tensor]) -> list[int]:
+        inside = x * 1.0
+        with Lean():
+            return _sizes(pool(change(relu(inside), inside)), "_ReLUBackward")
+
+    def changed(t: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            t += 1
+        return y
+
+    def hooked(y: Tensor) -> Tensor:
+        y.register_hook(lambda g: -g)
+        return y
+
+    def kept(y: Tensor) -> Tensor:
+        y.retain_grad()
+        return y
+
+    whole = [x.numel()]
+    assert sizes(lambda y, _: y) == []  # a quarter is too small to be worth a function of ours
+    assert sizes(lambda y, x: hooked(y)) == sizes(lambda y, x: kept(y)) == whole
+    assert sizes(lambda y, x: changed(x, y)) == whole
+    assert sizes(lambda y, x: y * 1.0) == whole
+    with Lean():
+        y = relu(x * 1.0)
+        z = relu(x * 2.0)
+        assert _sizes(pool(y), "_ReLUBackward") == whole  # not the last one
+        assert _sizes(y + z, "_ReLUBackward") == whole * 2
+    with Lean():
+        assert _sizes(pool(z), "_ReLUBackward") == whole  # of an evaluation that is over
+    with Lean():
+        y = relu(x * 1.0)
+        both = pool(y).sum() + y.square().sum()
+    expected = functional.max_pool2d(x.relu(), 2).sum() + x.relu().square().sum()
+    assert torch.equal(*(torch.autograd.grad(each, x)[0] for each in (both, expected)))
+
+
 def test_max_pooling_passes_on_what_is_no_number() -> None:
     x = torch.randn(600, 8, 4, 4)
     x.view(-1)[::7] = float("nan")
@@ -150,7 +245,52 @@ def test_max_pooling_that_is_left_to_torch() -> None:
                 functional.max_pool2d(x, **{"kernel_size": 2, **wrong})
 
 
-def test_what_is_not_linear_in_the_weights_alone_is_left_to_torch() -> None:
+def test_the_matrix_of_a_convolution() -> None:
+    window = small_images.Window((5, 4), (2, 3), (2, 1), (1, 0), (1, 1))
+    w = torch.randn(3, 2, 2, 3)
+    x = torch.randn(7, 2, 5, 4)
+    torch.testing.assert_close(
+        small_images.convolved(window, x, w), functional.conv2d(x, w, stride=(2, 1), padding=(1, 0)), rtol=1e-13, atol=1e-13
+    )
+    assert small_images.is_small(window, w)
+    assert not small_images.is_small(window, torch.empty(300, 200, 2, 3))
+    assert not small_images.is_small(small_images.Window((2, 2), (3, 3), (1, 1), (0, 0), (1, 1)), w)  # it does not fit
+    assert small_images.is_small(small_images.Window((1, 1), (3, 3), (1, 1), (1, 1), (1, 1)), torch.empty(512, 512, 3, 3))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_it_is(number: float) -> None:
+    x, w = torch.randn(3, 1, 6), torch.randn(2, 1, 3, requires_grad=True)
+    x[1, 0, 0] = number
+    with Lean():
+        y = functional.conv1d(x, w)
+    torch.testing.assert_close(y, functional.conv1d(x, w), equal_nan=True, rtol=0, atol=0)
+    assert y[1, :, 1:].isfinite().all()
+
+
+def test_windows_that_do_not_fit_are_refused_by_torch() -> None:
+    with Lean(), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        functional.conv2d(torch.randn(2, 1, 2, 2), torch.randn(3, 1, 3, 3, requires_grad=True))
+    x, w = torch.randn(2, 2, 4), torch.randn(4, 2, 3, requires_grad=True)
+    wrong: list[tuple[Tensor, dict[str, Any]]] = [
+        (x[:, :1], {}),
+        (x, {"stride": 0}),
+        (x, {"dilation": 0}),
+        (x, {"padding": -1}),
+        (x, {"stride": (1, 1)}),
+        (x, {"groups": 0}),
+        (x, {"groups": 4}),
+        (x, {"bias": torch.randn(3)}),
+    ]
+    for data, options in wrong:
+        with pytest.raises((RuntimeError, ValueError)) as plain:
+            functional.conv1d(data, w, **options)
+        with Lean(), pytest.raises(plain.type, match=re.escape(str(plain.value)[:40])):
+            functional.conv1d(data, w, **options)
+
+
+def test_what_is_not_linear_in_the_weights_alone_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, False)
     x, w = torch.randn(2, 1, 6, requires_grad=True), torch.randn(2, 1, 3, requires_grad=True)
 
     def name(y: Tensor) -> str:
@@ -168,7 +308,9 @@ def test_what_is_not_linear_in_the_weights_alone_is_left_to_torch() -> None:
         torch.testing.assert_close(tangent, functional.conv1d(x.detach(), w.detach()))
 
 
-def test_data_that_are_overwritten_are_noticed() -> None:
+@pytest.mark.parametrize("matrix", [True, False])
+def test_data_that_are_overwritten_are_noticed(matrix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, matrix)
     x, w = torch.randn(2, 1, 6), torch.randn(2, 1, 3, requires_grad=True)
     with Lean():
         y = functional.conv1d(x, w)
@@ -187,7 +329,8 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_hessian_product_spends_no_convolution_on_the_data() -> None:
+def test_a_hessian_product_spends_no_convolution_on_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, False)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3))
     x, y = torch.randn(4, 1, 6, 6), torch.randint(3, (4,))
     geo = geoad.GeoModule(net)

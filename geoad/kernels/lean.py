@@ -9,6 +9,8 @@ as functions with the same values and with derivatives of every order.
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,8 +21,8 @@ from torch.nn import functional
 
 from geoad.kernels.ladder import at_top_level
 from geoad.kernels.positions import patches
+from geoad.kernels.small_images import Window, convolved, is_small
 from geoad.kernels.spelled import FormulaMode
-from geoad.kernels.uses import ConvUse
 
 __all__ = ["Lean"]
 
@@ -40,6 +42,10 @@ class Lean(FormulaMode):
     (tensor([[[8., 8.]]]),)
     """
 
+    def __exit__(self, *error: Any) -> None:
+        _local.rectified = None
+        super().__exit__(*error)
+
 
 # -- convolutions ------------------------------------------------------------------------------------------------------------
 
@@ -52,6 +58,18 @@ class _Form:
     padding: list[int]
     dilation: list[int]
     groups: int
+
+    def fits(self, x: Tensor, w: Tensor, b: Tensor | None) -> bool:
+        """These numbers make sense for these tensors."""
+        steps = [*self.stride, *self.dilation]
+        axes = {len(each) for each in (self.stride, self.padding, self.dilation)}
+        right = axes == {w.ndim - 2} and min(steps) > 0 and min(self.padding) >= 0 and self.groups > 0
+        return right and x.shape[1] == w.shape[1] * self.groups and (b is None or b.shape == w.shape[:1])
+
+    def window(self, x: Tensor, w: Tensor) -> Window:
+        """The same without channels."""
+        shapes = x.shape[2:], w.shape[2:], self.stride, self.padding, self.dilation
+        return Window(*(tuple(shape) for shape in shapes))
 
     def convolved(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """x * w + b."""
@@ -93,18 +111,13 @@ _ROOM = 1 << 21
 """Up to so many numbers patches are copied for it."""
 
 
-def _plane(form: _Form, x: Tensor, w: Tensor) -> tuple[_Form, Tensor]:
+def _plane(form: _Form, window: Window, x: Tensor, w: Tensor) -> tuple[_Form, Tensor]:
     """A convolution and its input, as patches where that is several times faster: for one channel, on CPU."""
-    spans = [(size - 1) * step for size, step in zip(w.shape[2:], form.dilation, strict=True)]
-    rest = [n + 2 * pad - span - 1 for n, pad, span in zip(x.shape[2:], form.padding, spans, strict=True)]
-    places = tuple(left // step + 1 for left, step in zip(rest, form.stride, strict=True))
+    places = window.places
     count = len(x) * math.prod(places) * w[0].numel()
-    if x.device.type != "cpu" or x.shape[1] != 1 or form.groups != 1 or min(rest) < 0 or not _MANY <= count <= _ROOM:
+    if x.device.type != "cpu" or x.shape[1] != 1 or form.groups != 1 or min(places) < 0 or not _MANY <= count <= _ROOM:
         return form, x
-    around = tuple((pad, pad) for pad in form.padding)
-    stride, dilation = tuple(form.stride), tuple(form.dilation)
-    use = ConvUse(None, None, (len(w), *places), 1, tuple(w.shape[2:]), stride, dilation, around, (1,) * len(places))
-    rows = patches(use, x.unsqueeze(1))[:, 0]
+    rows = patches(window.use(len(w)), x.unsqueeze(1))[:, 0]
     return _Plane(form.stride, form.padding, form.dilation, 1, places), rows.contiguous()
 
 
@@ -147,10 +160,17 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor | None:
     axes = weight.ndim - 2
-    if isinstance(padding, str) or input.ndim != weight.ndim or not _is_linear(input, weight, bias):
+    if isinstance(padding, str) or input.ndim != weight.ndim or not _is_plain(input, weight, bias):
         return None
     form = _Form(_each(stride, axes), _each(padding, axes), _each(dilation, axes), groups)
-    return cast(Tensor, _Convolution.apply(*_plane(form, input, weight), weight, bias))
+    if not form.fits(input, weight, bias):
+        return None  # torch will say what is wrong
+    window = form.window(input, weight)
+    if groups == 1 and input.device.type == "cpu" and is_small(window, weight) and math.isfinite(float(input.detach().sum())):
+        return convolved(window, input, weight, bias)
+    if input.requires_grad or not weight.requires_grad:
+        return None
+    return cast(Tensor, _Convolution.apply(*_plane(form, window, input, weight), weight, bias))
 
 
 def _each(number: int | Sequence[int], axes: int) -> list[int]:
@@ -158,11 +178,11 @@ def _each(number: int | Sequence[int], axes: int) -> list[int]:
     return numbers * axes if len(numbers) == 1 else numbers
 
 
-def _is_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Derivatives are recorded, and those by the weight alone."""
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Real numbers of one kind, by which derivatives are recorded."""
     plain = all(each is None or type(each) in (Tensor, torch.nn.Parameter) for each in (x, weight, bias))
     real = x.is_floating_point() and x.dtype == weight.dtype  # torch takes complex convolutions apart
-    return plain and real and weight.requires_grad and not x.requires_grad and _recording(x)
+    return plain and real and (weight.requires_grad or x.requires_grad) and _recording(x)
 
 
 def _recording(x: Tensor) -> bool:
@@ -187,7 +207,32 @@ class _ReLU(torch.autograd.Function):
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
-    return None if inplace or not _worthwhile(input) else cast(Tensor, _ReLU.apply(input))
+    if inplace or not _worthwhile(input):
+        return None
+    output = cast(Tensor, _ReLU.apply(input))
+    _local.rectified = _Rectified(input, weakref.ref(output), (input._version, output._version))
+    return output
+
+
+@dataclass(frozen=True)
+class _Rectified:
+    """The last ReLU: what went in, and what came out."""
+
+    input: Tensor
+    output: weakref.ref[Tensor]
+    versions: tuple[int, int]
+
+    def gave(self, output: Tensor) -> bool:
+        """`output` is max(input, 0), and no hook waits for its gradient."""
+        same = self.output() is output and self.versions == (self.input._version, output._version)
+        return same and not output.retains_grad and not output._backward_hooks
+
+
+class _Local(threading.local):
+    rectified: _Rectified | None = None
+
+
+_local = _Local()
 
 
 def _worthwhile(x: Tensor) -> bool:
@@ -273,13 +318,17 @@ def _max_pool(axes: int) -> Callable[..., Tensor | None]:
     ) -> Tensor | None:
         if return_indices or input.ndim != axes + 2 or not _worthwhile(input):
             return None
+        before = _local.rectified
+        before = before.input if before is not None and before.gave(input) else None  # max pooling and ReLU commute
+        input = input if before is None else before
         step = kernel_size if stride is None or (not isinstance(stride, int) and not len(stride)) else stride
         numbers = [_each(each, axes) for each in (kernel_size, step, padding, dilation)]
         x = input if axes > 1 else input.unsqueeze(2)  # torch has it as one row too
         if axes == 1:
             numbers = [[n, *each] for n, each in zip((1, 1, 0, 1), numbers, strict=True)]
         y = cast(Tensor, _MaxPool.apply(_Windows(tuple(x.shape), x.stride(), numbers, ceil_mode), x))
-        return y if axes > 1 else y.squeeze(2)
+        y = y if axes > 1 else y.squeeze(2)
+        return y if before is None else torch.relu(y) if (fewer := _relu(y)) is None else fewer
 
     return formula
 

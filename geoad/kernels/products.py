@@ -17,7 +17,7 @@ from geoad.kernels.graph import dependencies, nodes, once_differentiable
 from geoad.kernels.ladder import at_top_level, climb, differentiated_twice, failed_before, refuse_second
 from geoad.kernels.lean import Lean
 from geoad.kernels.norms import SpelledOut
-from geoad.kernels.spelled import FormulaMode, apart
+from geoad.kernels.spelled import apart
 from geoad.params import flatten, is_wrapped
 
 __all__ = ["batched", "gradient", "hessian_product", "jvp", "mapped", "push_pull", "quiet_vmap", "vjp"]
@@ -189,7 +189,7 @@ def quiet_vmap(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return call
 
 
-class _Formulas(FormulaMode):
+class _Formulas(Lean):
     """`SpelledOut` and `Lean`, in one mode."""
 
     formulas: ClassVar[Mapping[Any, Callable[..., Any]]] = {**SpelledOut.formulas, **Lean.formulas}
