@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from geoad.kernels.positions import patches
 from geoad.kernels.uses import ConvUse
@@ -83,22 +82,27 @@ def convolved(window: Window, x: Tensor, weight: Tensor, bias: Tensor | None = N
     tensor([[[10., 21., 32.]]])
     """
     out, channels = weight.shape[:2]
-    places = window.places
-    padded = functional.pad(weight.flatten(), (0, 1))  # its last number stands for all zeros
-    matrix = padded.index_select(0, _numbers(window, out, channels)).view(channels * math.prod(window.image), -1)
-    images = x.flatten(1)
-    y = images @ matrix if bias is None else torch.addmm(bias.repeat_interleave(math.prod(places)), images, matrix)
-    return y.view(len(x), out, *places)
+    images, numbers = x.flatten(1), [weight.flatten(), weight.new_zeros(1)]
+    if bias is not None:  # of one more place, where every image is 1
+        images, numbers = torch.cat([images, images.new_ones(len(x), 1)], 1), [*numbers, bias]
+    table = _numbers(window, out, channels, bias is not None)
+    matrix = torch.cat(numbers).index_select(0, table.flatten()).view(table.shape)
+    return (images @ matrix).view(len(x), out, *window.places)
 
 
 @functools.lru_cache(maxsize=16)
-def _numbers(window: Window, out: int, channels: int) -> Tensor:
-    """Which number of the weight stands at each place of the matrix; the number after the last one for none."""
+def _numbers(window: Window, out: int, channels: int, bias: bool) -> Tensor:
+    """Which number stands at each place of the matrix: those of the weight in their order, then zero, then the bias."""
     read, written, size = math.prod(window.image), math.prod(window.places), math.prod(window.kernel)
     named = torch.arange(1, read + 1, device="cpu").view(1, 1, *window.image)
     seen = patches(window.use(out), named)[0, 0]  # (places, kernel): what lies below each number, 0 for padding
     hit = torch.full((written, read + 1), -1, device="cpu")
-    hit = hit.scatter(1, seen, torch.arange(size, device="cpu").expand(written, size))[:, 1:]
+    hit = hit.scatter(1, seen, torch.arange(size, device="cpu").expand(written, size))[:, 1:].T[None, :, None, :]
     first = torch.arange(out * channels, device="cpu").view(out, channels).T * size  # where the kernel of (in, out) begins
-    table = first[:, None, :, None] + hit.T[None, :, None, :]
-    return table.masked_fill(hit.T[None, :, None, :] < 0, out * channels * size).flatten()
+    zero = out * channels * size
+    table = (first[:, None, :, None] + hit).masked_fill(hit < 0, zero).view(channels * read, out * written)
+    return (
+        torch.cat([table, torch.arange(zero + 1, zero + 1 + out, device="cpu").repeat_interleave(written)[None]])
+        if bias
+        else table
+    )
