@@ -101,8 +101,7 @@ def _numbers(window: Window, out: int, channels: int, bias: bool) -> Tensor:
     first = torch.arange(out * channels, device="cpu").view(out, channels).T * size  # where the kernel of (in, out) begins
     zero = out * channels * size
     table = (first[:, None, :, None] + hit).masked_fill(hit < 0, zero).view(channels * read, out * written)
-    return (
-        torch.cat([table, torch.arange(zero + 1, zero + 1 + out, device="cpu").repeat_interleave(written)[None]])
-        if bias
-        else table
-    )
+    if not bias:
+        return table
+    last = torch.arange(zero + 1, zero + 1 + out, device="cpu").repeat_interleave(written)
+    return torch.cat([table, last[None]])
