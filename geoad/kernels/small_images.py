@@ -56,7 +56,7 @@ class Window:
 def is_small(window: Window, weight: Tensor) -> bool:
     """The matrix of the convolution with `weight` (out, in, *kernel) is worth being made."""
     places = window.places
-    if min(places) < 0:
+    if min(places) < 0 or min(window.image) == 0:
         return False
     read, written = math.prod(window.image), math.prod(places)
     count = weight.shape[0] * weight.shape[1] * read * written
