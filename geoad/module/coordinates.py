@@ -149,7 +149,7 @@ class Coordinates:
 
     def weights(self) -> dict[str, Tensor]:
         """θ as a differentiable function of what sits in the slots. ``torch.compile`` does not look inside."""
-        return cast("dict[str, Tensor]", _untraced(self))
+        return _untraced(self) if torch.compiler.is_compiling() else _read_weights(self)
 
     def _weights(self) -> dict[str, Tensor]:
         assert self.psi is not None and self._way is not None
@@ -396,4 +396,5 @@ def _read_weights(coordinates: Coordinates) -> dict[str, Tensor]:
     return coordinates._weights()  # pyright: ignore[reportPrivateUsage]
 
 
-_untraced: Any = torch.compiler.disable(_read_weights)
+_torch: Any = torch
+_untraced: Any = _torch._disable_dynamo(_read_weights)  # torch.compiler.disable would import the compiler at once
