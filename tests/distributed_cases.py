@@ -1,9 +1,10 @@
-"""What two processes check, each with its share of the data; `run` is started in both of them by test_distributed.py."""
+"""What two processes check, each with its share of the data; `start` runs it in both of them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing as standard
 import os
 import tempfile
 import time
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geoad
@@ -45,6 +46,20 @@ def conv() -> nn.Module:
     torch.manual_seed(0)
     parts = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2, padding=1), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(18, 3)
     return nn.Sequential(*parts)
+
+
+def start(checks: tuple[Callable[[int], None], ...], folder: str | Path, join: bool = True) -> Any:
+    """Two processes that go through the checks; what goes wrong in them is said here.
+
+    They come from a server that has imported torch and geoad once, where there is such a thing.
+    """
+    method = "forkserver" if "forkserver" in standard.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        standard.get_context(method).set_forkserver_preload(["pytest", "torch.utils.data", "torch.distributed", "geoad"])
+    try:
+        return multiprocessing.start_processes(run, (str(folder), checks), 2, join, start_method=method)
+    except Exception:
+        raise AssertionError("\n".join(file.read_text() for file in Path(folder).glob("failed-*"))) from None
 
 
 def run(rank: int, folder: str, checks: tuple[Callable[[int], None], ...], seconds: float = 60.0) -> None:

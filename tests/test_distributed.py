@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing, nn
+from torch import nn
 
 import geoad
 from geoad import UnsupportedModuleError
@@ -28,16 +27,8 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "distributed_fis
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def spawn(checks: tuple[Any, ...]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(cases.run, (folder, checks), nprocs=2)
-        except Exception:
-            raise AssertionError("\n".join(file.read_text() for file in Path(folder).glob("failed-*"))) from None
-
-
-def test_two_processes() -> None:
-    spawn(cases.CHECKS)
+def test_two_processes(tmp_path: Path) -> None:
+    cases.start(cases.CHECKS, tmp_path)
 
 
 @pytest.fixture
@@ -50,14 +41,13 @@ def alone(tmp_path: Path) -> Any:
 # -- processes that end ----------------------------------------------------------------------------------------------------
 
 
-def test_the_others_are_not_left_waiting() -> None:
+def test_the_others_are_not_left_waiting(tmp_path: Path) -> None:
     """A process that is stuck for longer than the time-out of the group, or killed, ends the job with an error in the other."""
-    with tempfile.TemporaryDirectory() as folder:
-        started: Any = multiprocessing.spawn(cases.run, (folder, (cases.check_endings,)), nprocs=2, join=False)
-        for process in started.processes:  # to join `started` would end the first one as soon as the second has
-            process.join(60)
-            assert process.exitcode
-        stuck, killed = Path(folder, "said").read_text().splitlines()
+    started = cases.start((cases.check_endings,), tmp_path, join=False)
+    for process in started.processes:  # to join `started` would end the first one as soon as the second has
+        process.join(60)
+        assert process.exitcode
+    stuck, killed = (tmp_path / "said").read_text().splitlines()
     assert "Timed out waiting 2000ms" in stuck and "Timed out" not in killed
     for said in (stuck, killed):
         assert "Fisher(KFAC" in said and "Most likely another process has ended or is stuck" in said and "timeout=" in said

@@ -339,12 +339,12 @@ def components(w: World) -> Iterator[Check]:
     layout, m = w.psi.layout, positive(48, w.d)
     moved = w.K.mT @ m @ w.K
     for G in (w.theta.metric(m, at=w.p).to(w.psi), w.theta.form(m, at=w.p).to(w.psi)):
-        found, where = G.components, layout.offsets()
+        found = blocks = G.components
         if not w.psi.plain:
-            found = torch.cat([torch.cat([found[r][c].reshape(layout[r].numel(), -1) for c in layout], 1) for r in layout])
-            assert all(G.components[r][c].shape == (*layout[r], *layout[c]) for r in where for c in where)
+            found = torch.cat([torch.cat([blocks[r][c].reshape(layout[r].numel(), -1) for c in layout], 1) for r in layout])
+            assert all(blocks[r][c].shape == (*layout[r], *layout[c]) for r in layout for c in layout)
         yield found.reshape(w.d, w.d), moved
-        yield w.psi.form(G.components, at=w.there).to_dense(), moved
+        yield w.psi.form(blocks, at=w.there).to_dense(), moved
     v = w.theta.vector(layout.unravel(w.drawn(49)), at=w.p).to(w.psi)
     yield layout.ravel(w.psi.pack(v.components)), w.J @ w.drawn(49)
     yield w.psi.point(w.there.components).ravel(), w.z

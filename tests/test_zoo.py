@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +25,6 @@ from geoad.params import Blocks
 from geoad.testing import zoo
 from geoad.testing.zoo import Model
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:LSTM with projections")
 every_model = pytest.mark.parametrize("name", zoo.NAMES)
 STEP = 1e-5
@@ -306,12 +302,6 @@ def test_no_kind_is_missing_and_unknown_ones_are_refused() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(first.net.parameters(), second.net.parameters(), strict=True))
     assert torch.equal(first.inputs, second.inputs) and torch.equal(first.targets, second.targets)
-
-
-def test_the_table_in_the_docs_is_up_to_date() -> None:
-    script = ROOT / "docs" / "make_models.py"
-    result = subprocess.run([sys.executable, str(script), "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_outcomes_are_watched() -> None:
