@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from geoad.distributed.exchange import ProcessGroup
 from geoad.errors import GeometryError
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "distributed_fisher.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -53,15 +49,14 @@ def test_the_others_are_not_left_waiting(tmp_path: Path) -> None:
         assert "Fisher(KFAC" in said and "Most likely another process has ended or is stuck" in said and "timeout=" in said
 
 
-def test_torchrun() -> None:
+def test_as_torchrun_starts_it(tmp_path: Path) -> None:
     """The example checks itself against one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == "2 processes, 51 + 50 samples"
-    assert sum("same bits in all: True" in line for line in lines) == 7
-    assert lines[-1].endswith("rows 0..50 of 101 here")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    cases.fork(cases.run_script, tmp_path, str(EXAMPLE), store.port)
+    first, second = ((tmp_path / f"printed-{rank}").read_text().splitlines() for rank in range(2))
+    assert first[0] == "2 processes, 51 + 50 samples" and not second
+    assert sum("same bits in all: True" in line for line in first) == 7
+    assert first[-1].endswith("rows 0..50 of 101 here")
 
 
 # -- one process -------------------------------------------------------------------------------------------------------------
