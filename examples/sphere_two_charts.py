@@ -67,7 +67,7 @@ if "--picture" in sys.argv:
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     for ax, chart in zip(figure.subplots(1, 2), sphere.charts, strict=True):
-        plotting.contours(height, chart, (-3, 3), (-3, 3), ax)
+        plotting.contours(height, chart, (-3, 3), (-3, 3), ax, resolution=61)
         for curve, name in ((circle, "great circle"), (flow, "gradient flow of the height")):
             near = [q for q in curve if sphere.margins(q).get(chart, 0.0) > 0.1]
             plotting.trajectory(near, chart, ax, label=name, ends=False, marker=".")
