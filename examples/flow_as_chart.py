@@ -51,12 +51,12 @@ def log_density(x):
 
 # %% train the parameters of the map
 optimizer = torch.optim.Adam(phi.parameters(), lr=1e-2)
-for step in range(121):
+for step in range(61):
     optimizer.zero_grad()
     cost = -torch.func.vmap(log_density)(data).mean()
     cost.backward()
     optimizer.step()
-    if step % 60 == 0:
+    if step % 30 == 0:
         print(f"step {step}: -log p = {cost.item():.3f}")
 phi.requires_grad_(False).double()
 

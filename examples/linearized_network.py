@@ -43,7 +43,7 @@ def train(net, lr, steps):
 
 
 # %% the three ways to the same time
-lr, steps = 0.02, 300
+lr, steps = 0.02, 150
 for width in (16, 64, 256, 1024):
     geo = geoad.GeoModule(Wide(width))
     p = geo.point()

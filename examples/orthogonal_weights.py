@@ -54,7 +54,7 @@ for how in ("matrix_exp", "cayley"):
 
 # %% steps of steepest descent stay orthogonal, for they are steps in coordinates of the submanifold
 p = q
-for _ in range(20):
+for _ in range(8):
     p = p.retract(geoad.riemannian_grad(loss, metric)(p), -0.3)
 weight = p.to(theta).components["0.weight"]
 print(f"loss {loss(q):.4f} -> {loss(p):.4f}, |WᵀW - I| = {(weight.mT @ weight - torch.eye(4)).abs().max():.0e}")

@@ -17,7 +17,7 @@ digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float64) / 16
 classes = torch.tensor(digits.target)
 order = torch.randperm(len(images))
-train, test = order[:300], order[300:700]
+train, test = order[:150], order[300:700]
 
 
 class Reader(nn.Module):
@@ -46,7 +46,7 @@ loss = geo.loss(F.cross_entropy, (images[train], classes[train])) + 5e-4 * prior
 metric = geoad.curvature.Fisher(geo, images[train], "categorical") + 0.1 * geoad.metrics.Euclidean(theta)
 
 
-def natural_gradient(chart, steps=12):
+def natural_gradient(chart, steps=9):
     """Points along natural gradient descent; every solve runs where the metric is, whatever the chart."""
     p = geo.point().to(chart)
     for _ in range(steps):

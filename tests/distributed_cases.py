@@ -1,10 +1,12 @@
-"""What two processes check, each with its share of the data; `run` is started in both of them by test_distributed.py."""
+"""What two processes check, each with its share of the data; `start` runs it in both of them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing as standard
 import os
+import runpy
 import tempfile
 import time
 import traceback
@@ -17,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geoad
@@ -45,6 +47,31 @@ def conv() -> nn.Module:
     torch.manual_seed(0)
     parts = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2, padding=1), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(18, 3)
     return nn.Sequential(*parts)
+
+
+def start(checks: tuple[Callable[[int], None], ...], folder: Path, join: bool = True) -> Any:
+    """Two processes that go through the checks; what goes wrong in them is said here."""
+    try:
+        return fork(run, folder, checks, join=join)
+    except Exception:
+        raise AssertionError("\n".join(file.read_text() for file in folder.glob("failed-*"))) from None
+
+
+def fork(do: Callable[..., None], folder: Path, *more: Any, join: bool = True) -> Any:
+    """Two processes, from a server that has imported torch and geoad once, where there is such a thing."""
+    method = "forkserver" if "forkserver" in standard.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        standard.get_context(method).set_forkserver_preload(["pytest", "torch.utils.data", "torch.distributed", "geoad"])
+    return multiprocessing.start_processes(do, (str(folder), *more), 2, join, start_method=method)
+
+
+def run_script(rank: int, folder: str, script: str, port: int) -> None:
+    """A script, with the variables that torchrun sets for the processes of a store it holds; what is printed goes to a file."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
+    group |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ |= {name: str(value) for name, value in group.items()}
+    with open(os.path.join(folder, f"printed-{rank}"), "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(script, run_name="__main__")
 
 
 def run(rank: int, folder: str, checks: tuple[Callable[[int], None], ...], seconds: float = 60.0) -> None:

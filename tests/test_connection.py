@@ -121,7 +121,7 @@ def test_symbols_of_one_number() -> None:
     p = line.point(torch.tensor(0.3))
     close(geoad.christoffel(field)(p).components, torch.full((1, 1, 1), 0.5))
     psi = line.reparametrize(maps.Sinh()).target
-    found = geoad.geodesic(field, p.to(psi), line.vector(torch.tensor(1.0), at=p).to(psi), 0.7, steps=200)
+    found = geoad.geodesic(field, p.to(psi), line.vector(torch.tensor(1.0), at=p).to(psi), 0.7, steps=64)
     # arc length exp(a/2) grows linearly
     close(found.to(line).components, 2 * torch.log(torch.tensor(math.exp(0.15) * (1 + 0.35))), 1e-10)
 

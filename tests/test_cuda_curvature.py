@@ -74,16 +74,23 @@ class Twin:
     def sides(self) -> tuple[tuple[geoad.GeoModule, torch.device], ...]:
         return (self.here, torch.device("cpu")), (self.there, self.device)
 
-    def both(self, fn: Callable[[geoad.GeoModule, list[Any]], Any], targets: Tensor = Y) -> tuple[Any, Any]:
-        """`fn` (network, batches) on the CPU and on the device."""
-        found = [fn(geo, batches(device, targets)) for geo, device in self.sides]
-        return found[0], found[1]
+    def agree(
+        self,
+        fn: Callable[..., Tensor],
+        targets: Tensor = Y,
+        tolerance: float = 1e-9,
+        bounds: tuple[int, ...] = (),
+    ) -> None:
+        """`fn` (network, batches) gives the same numbers on both, and those of the device are there.
 
-    def agree(self, fn: Callable[[geoad.GeoModule, list[Any]], Tensor], targets: Tensor = Y, tolerance: float = 1e-9) -> None:
-        """Both give the same numbers, and those of the device are there."""
-        wanted, found = self.both(fn, targets)
-        assert found.device.type == self.device.type
-        torch.testing.assert_close(found.cpu(), wanted, rtol=tolerance, atol=tolerance)
+        With `bounds` of the memory it is ``fn(network, batches, bound)``: all of them on the device, the first on the CPU.
+        """
+        (here, cpu), (there, device) = self.sides
+        wanted = fn(here, batches(cpu, targets), *bounds[:1])
+        for bound in [(each,) for each in bounds] or [()]:
+            found = fn(there, batches(device, targets), *bound)
+            assert found.device.type == self.device.type
+            torch.testing.assert_close(found.cpu(), wanted, rtol=tolerance, atol=tolerance)
 
 
 def batches(device: torch.device | str, targets: Tensor = Y) -> list[Any]:
@@ -118,14 +125,11 @@ def tolerance(representation: Any) -> float:
 def test_matrices(kind: str, representation: Any, device: str) -> None:
     if (kind, representation) == ("covariance", "kfac"):
         pytest.skip("has no Kronecker factors")
-    twin = Twin(conv, device)
-    for memory in (1 << 28, 1 << 12):
-        twin.agree(
-            lambda geo, data, most=memory: Fisher(geo, data, kind=kind, representation=representation, max_memory=most)(
-                geo.point()
-            ).to_dense(),
-            tolerance=tolerance(representation),
-        )
+
+    def matrix(geo: geoad.GeoModule, data: list[Any], most: int) -> Tensor:
+        return Fisher(geo, data, kind=kind, representation=representation, max_memory=most)(geo.point()).to_dense()
+
+    Twin(conv, device).agree(matrix, tolerance=tolerance(representation), bounds=(1 << 28, 1 << 12))
 
 
 NORMAL = Family(lambda f: torch.distributions.Normal(f[..., 0], f[..., 1].exp()))
@@ -237,23 +241,21 @@ def _metric(geo: geoad.GeoModule, data: list[Any], representation: str) -> Any:
 
 @on_devices
 def test_dual_solves(device: str) -> None:
-    twin = Twin(conv, device)
-    for options in ({"max_memory": 1 << 28}, {"max_memory": 1 << 12}):
-        solver = lambda geo, data, o=options: geoad.DualSolver(Fisher(geo, data), geo.point(), damping=0.1, **o)  # noqa: E731
-        twin.agree(lambda geo, data, s=solver: s(geo, data).solve(covector(geo)).ravel())
-        twin.agree(lambda geo, data, s=solver: s(geo, data).logdet())
+    def solved(geo: geoad.GeoModule, data: list[Any], most: int) -> Tensor:
+        solver = geoad.DualSolver(Fisher(geo, data), geo.point(), damping=0.1, max_memory=most)
+        return torch.cat([solver.solve(covector(geo)).ravel(), solver.logdet()[None]])
+
+    Twin(conv, device).agree(solved, bounds=(1 << 28, 1 << 12))
 
 
 @on_devices
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradients_of_samples(network: str, device: str) -> None:
     twin = Twin(NETWORKS[network], device)
-    for memory in (1 << 28, 1 << 10):
-        twin.agree(
-            lambda geo, data, m=memory: geoad.per_sample_grads(geo.loss(F.cross_entropy, data), max_memory=m)(
-                geo.point()
-            ).ravel()
-        )
+    twin.agree(
+        lambda geo, data, m: geoad.per_sample_grads(geo.loss(F.cross_entropy, data), max_memory=m)(geo.point()).ravel(),
+        bounds=(1 << 28, 1 << 10),
+    )
     twin.agree(lambda geo, data: geoad.grad(geo.loss(F.cross_entropy, data))(geo.point()).ravel())
 
 
@@ -265,8 +267,7 @@ def test_gradients_of_samples(network: str, device: str) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_kernels(network: str, contract: str, device: str) -> None:
     twin = Twin(NETWORKS[network], device)
-    for memory in (1 << 28, 1 << 14):
-        twin.agree(lambda geo, data, m=memory: _kernel(geo, data, contract=contract, max_memory=m).to_dense())
+    twin.agree(lambda geo, data, m: _kernel(geo, data, contract=contract, max_memory=m).to_dense(), bounds=(1 << 28, 1 << 14))
     twin.agree(lambda geo, data: geoad.ntk(geo, data[0][0], data[1][0][:3], contract=contract)(geo.point()).to_dense())
     for representation in ("diagonal", "kfac") if network == "mlp" else ():
         damped = lambda geo, data, r=representation: Fisher(geo, data, representation=r) + 0.1 * Euclidean(geo.reference)  # noqa: E731

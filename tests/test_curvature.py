@@ -137,7 +137,7 @@ def test_sampled_labels_converge_and_are_the_same_ones(representation: str) -> N
     psi = geo.reference.reparametrize(maps.Asinh()).target
     exactly = Fisher(geo, X, representation=representation)(p).to_dense()
     errors = []
-    for samples in (25, 1600):
+    for samples in (25, 400):
         few = []
         for seed in range(4):
             field = Fisher(
@@ -151,7 +151,7 @@ def test_sampled_labels_converge_and_are_the_same_ones(representation: str) -> N
             )
             few.append(float((field(p).to_dense() - exactly).norm() / exactly.norm()))
         errors.append(sum(few) / len(few))
-    assert 3 < errors[0] / errors[1] < 20, errors  # 8 = √64, from a few numbers
+    assert 2.1 < errors[0] / errors[1] < 7.4, errors  # 4 = √16, from a few numbers
     field = Fisher(geo, X, kind="mc", representation=representation, generator=torch.Generator().manual_seed(0))
     again = Fisher(geo, X, kind="mc", representation=representation, generator=torch.Generator().manual_seed(0), max_memory=1)
     value = field(p).to_dense()

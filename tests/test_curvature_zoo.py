@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
-import pytest
 import torch
 from torch import Tensor
+from zoo_cases import case, every_model, quiet
 
 import geoad
 from geoad.curvature import EKFAC, KFAC, BlockDiagonal, Fisher
 from geoad.curvature.representations import layers_of
-from geoad.testing import zoo
-from geoad.testing.zoo import Model
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:LSTM with projections")
-every_model = pytest.mark.parametrize("name", zoo.NAMES)
+pytestmark = quiet
 
 
-def plain_jacobian(model: Model, names: list[str]) -> tuple[Tensor, Tensor]:
-    """Outputs and their Jacobian in the raveled parameters, one row of plain ``torch.autograd.grad`` after another."""
-    net = copy.deepcopy(model.net)
-    parameters = [dict(net.named_parameters())[name] for name in names]
-    f = model.outputs(net)
-    rows = []
-    for output in f.flatten():
-        found = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-        rows.append(
-            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)])
-        )
-    return f.detach(), torch.stack(rows).reshape(*f.shape, -1)
-
-
-def plain_fisher(model: Model, names: list[str]) -> Tensor:
-    f, j = plain_jacobian(model, names)
+def plain_fisher(name: str) -> Tensor:
+    model, f, j = case(name)
     if model.likelihood == "categorical":
         p = f.softmax(-1)
         j = (torch.diag_embed(p) - p[..., None] * p[..., None, :]).matmul(j), j
@@ -49,10 +30,10 @@ def near(a: Tensor, b: Tensor) -> None:
 
 @every_model
 def test_every_representation(name: str) -> None:
-    model = zoo.build(name)
+    model = case(name)[0]
     geo = model.geo()
     layout, p = geo.reference.layout, geo.point()
-    wanted = plain_fisher(model, list(layout))
+    wanted = plain_fisher(name)
     offsets = layout.offsets()
 
     def value(representation: object) -> Tensor:
@@ -87,7 +68,7 @@ def test_every_representation(name: str) -> None:
 @every_model
 def test_gradients_of_single_samples(name: str) -> None:
     """Their mean is the gradient, each is the gradient of the loss on one sample."""
-    model = zoo.build(name)
+    model = case(name)[0]
     geo = model.geo()
     p = geo.point()
     loss = model.field(geo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -113,10 +114,13 @@ def test_it_writes_a_picture(
     demo: Any, trained: Any, rows: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     pytest.importorskip("matplotlib")
+    from geoad import plotting
+
     full = demo.picture
     monkeypatch.setattr(demo, "train", lambda setting: trained)
     monkeypatch.setattr(demo, "compare", lambda trained, charts: rows)
     monkeypatch.setattr(demo, "picture", lambda path: full(path, steps=20))
+    monkeypatch.setattr(plotting, "contours", functools.partial(plotting.contours, resolution=31))
     assert demo.main(["--quick", "--out", str(tmp_path / "new")]) == 0
     picture = tmp_path / "new" / "demo.png"
     assert picture.read_bytes()[:8] == PNG

@@ -149,7 +149,7 @@ def dual(geo: Any, data: list[Any], max_memory: int, **options: Any) -> Any:
 def growth(make: Make, targets: Tensor = Y, most: int = 16) -> Counter[str]:
     """What is waited for more often with more batches, or with more chunks of a batch; bounded for the fewest."""
     more: Counter[str] = Counter()
-    for few, many in (((2, 2, 1 << 28), (4, 2, 1 << 28)), ((1, 2, 1), (1, 5, 1))):
+    for few, many in (((2, 2, 1 << 28), (3, 2, 1 << 28)), ((1, 2, 1), (1, 3, 1))):
         found: list[Counter[str]] = []
         for count, each, memory in (few, many):
             call = make(batches(count, each, targets), memory)

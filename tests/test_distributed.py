@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing, nn
+from torch import nn
 
 import geoad
 from geoad import UnsupportedModuleError
@@ -25,19 +21,10 @@ from geoad.distributed.exchange import ProcessGroup
 from geoad.errors import GeometryError
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "distributed_fisher.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def spawn(checks: tuple[Any, ...]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(cases.run, (folder, checks), nprocs=2)
-        except Exception:
-            raise AssertionError("\n".join(file.read_text() for file in Path(folder).glob("failed-*"))) from None
-
-
-def test_two_processes() -> None:
-    spawn(cases.CHECKS)
+def test_two_processes(tmp_path: Path) -> None:
+    cases.start(cases.CHECKS, tmp_path)
 
 
 @pytest.fixture
@@ -50,28 +37,26 @@ def alone(tmp_path: Path) -> Any:
 # -- processes that end ----------------------------------------------------------------------------------------------------
 
 
-def test_the_others_are_not_left_waiting() -> None:
+def test_the_others_are_not_left_waiting(tmp_path: Path) -> None:
     """A process that is stuck for longer than the time-out of the group, or killed, ends the job with an error in the other."""
-    with tempfile.TemporaryDirectory() as folder:
-        started: Any = multiprocessing.spawn(cases.run, (folder, (cases.check_endings,)), nprocs=2, join=False)
-        for process in started.processes:  # to join `started` would end the first one as soon as the second has
-            process.join(60)
-            assert process.exitcode
-        stuck, killed = Path(folder, "said").read_text().splitlines()
+    started = cases.start((cases.check_endings,), tmp_path, join=False)
+    for process in started.processes:  # to join `started` would end the first one as soon as the second has
+        process.join(60)
+        assert process.exitcode
+    stuck, killed = (tmp_path / "said").read_text().splitlines()
     assert "Timed out waiting 2000ms" in stuck and "Timed out" not in killed
     for said in (stuck, killed):
         assert "Fisher(KFAC" in said and "Most likely another process has ended or is stuck" in said and "timeout=" in said
 
 
-def test_torchrun() -> None:
+def test_as_torchrun_starts_it(tmp_path: Path) -> None:
     """The example checks itself against one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0] == "2 processes, 51 + 50 samples"
-    assert sum("same bits in all: True" in line for line in lines) == 7
-    assert lines[-1].endswith("rows 0..50 of 101 here")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    cases.fork(cases.run_script, tmp_path, str(EXAMPLE), store.port)
+    first, second = ((tmp_path / f"printed-{rank}").read_text().splitlines() for rank in range(2))
+    assert first[0] == "2 processes, 51 + 50 samples" and not second
+    assert sum("same bits in all: True" in line for line in first) == 7
+    assert first[-1].endswith("rows 0..50 of 101 here")
 
 
 # -- one process -------------------------------------------------------------------------------------------------------------

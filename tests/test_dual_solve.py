@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_function_space import SPD, bent, near, network, random
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import geoad
@@ -302,9 +301,5 @@ def test_refused() -> None:
 # -- several processes -------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            multiprocessing.spawn(distributed_cases.run, (folder, dual_cases.CHECKS), nprocs=2)
-        except Exception:
-            raise AssertionError("\n".join(file.read_text() for file in Path(folder).glob("failed-*"))) from None
+def test_two_processes(tmp_path: Path) -> None:
+    distributed_cases.start(dual_cases.CHECKS, tmp_path)

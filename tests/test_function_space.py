@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_curvature_zoo import plain_jacobian
 from torch import Tensor, nn
+from zoo_cases import case, every_model, quiet
 
 import geoad
 from geoad import maps
@@ -27,18 +26,9 @@ from geoad.errors import (
 )
 from geoad.function_space import Jacobian
 from geoad.metrics import Euclidean
-from geoad.testing import zoo
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:LSTM with projections")
+pytestmark = quiet
 Network = tuple[geoad.GeoModule, Tensor, Tensor]
-
-
-@functools.cache
-def case(name: str) -> tuple[zoo.Model, Tensor, Tensor]:
-    """A model of the zoo with its outputs and their Jacobian (n·c, d) by plain autograd."""
-    model = zoo.build(name)
-    f, j = plain_jacobian(model, list(model.geo().reference.layout))
-    return model, f, j.flatten(0, -2)
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> Network:
@@ -73,9 +63,10 @@ def random(chart: geoad.Chart, p: geoad.Point, up: bool, *batch: int) -> Any:
 # -- every kind of model -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@every_model
 def test_every_model_in_two_charts(name: str) -> None:
     model, f, j = case(name)
+    j = j.flatten(0, -2)
     geo = model.geo()
     space, p = geoad.FunctionSpace(geo, model.data), geo.point()
     assert space.shape == f.shape
@@ -585,9 +576,10 @@ def test_linearised_network_as_a_manifold() -> None:
     near(Fisher(tangent, x, "categorical")(p).to_dense(), Fisher(geo, x, "categorical")(geo.point()).to_dense())
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@every_model
 def test_every_model_linearised(name: str) -> None:
     model, f, j = case(name)
+    j = j.flatten(0, -2)
     geo = model.geo()
     tangent = geoad.linearized(geo)
     offsets = 0.1 * torch.randn(geo.reference.dim, dtype=f.dtype, generator=torch.Generator().manual_seed(0))
@@ -801,7 +793,7 @@ def test_dual_solve_of_an_indefinite_matrix() -> None:
     near(solver.logdet(), torch.logdet(field(p).to_dense() / 5.0 + torch.eye(38, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@every_model
 def test_dual_solve_of_every_model(name: str) -> None:
     model = case(name)[0]
     geo = model.geo()

@@ -308,7 +308,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("contract", ["none", "trace"])
 @pytest.mark.parametrize("kind", [None, "kfac"])
 def test_numbers_are_not_read_back_for_each_chunk(name: str, contract: str, kind: str | None) -> None:
-    net, (x,) = case(name, 8)
+    net, (x,) = case(name, 5)
     geo = geoad.GeoModule(net)
     p = geo.point()
     metric = None if kind is None else metric_of(kind, geo, x[:4])

@@ -147,10 +147,29 @@ for name in {hidden!r}:
     sys.modules[name] = None
 for name in {names!r}:
     importlib.import_module(name)
+
+import warnings
+import geoad
+warnings.simplefilter("ignore")
+geoad.testing.assert_invariant(lambda p: 1.0, geoad.Chart({{"x": (2,)}}, "x"))
+assert "strategies" in dir(geoad.testing)
+try:
+    geoad.testing.strategies
+except ImportError as error:
+    assert "pip install geoad[test]" in str(error), error
+else:
+    raise SystemExit("strategies without hypothesis")
+try:
+    geoad.testing.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise SystemExit("an attribute that is not there")
 """
 
 
 def test_every_module_imports_without_the_extras() -> None:
+    """And of the testing kit the strategies alone need hypothesis."""
     names = [name for name in modules() if not set(name.split(".")[1:2]) & MAY_NEED_EXTRAS]
     code = IMPORT_ALL.format(hidden=sorted(OPTIONAL), names=names)
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)

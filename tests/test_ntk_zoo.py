@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
-import pytest
 import torch
 from torch import Tensor
+from zoo_cases import case, every_model, quiet
 
 import geoad
 from geoad.data import take
-from geoad.testing import zoo
-from geoad.testing.zoo import Model
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:LSTM with projections")
-every_model = pytest.mark.parametrize("name", zoo.NAMES)
-
-
-def plain_jacobian(model: Model, names: list[str]) -> Tensor:
-    """The Jacobian (n, ..., c, d) in the raveled parameters, one row of plain ``torch.autograd.grad`` after another."""
-    net = copy.deepcopy(model.net)
-    parameters = [dict(net.named_parameters())[name] for name in names]
-    f = model.outputs(net)
-    rows = []
-    for output in f.flatten():
-        found = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-        pairs = zip(found, parameters, strict=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
-    return torch.stack(rows).reshape(*f.shape, -1)
+pytestmark = quiet
 
 
 def near(a: Tensor, b: Tensor) -> None:
@@ -37,10 +19,9 @@ def near(a: Tensor, b: Tensor) -> None:
 @every_model
 def test_kernels_of_every_model(name: str) -> None:
     """The kernel, the one between two data sets, both contractions, and the one with a metric."""
-    model = zoo.build(name)
+    model, _, j = case(name)
     geo = model.geo()
     p, theta = geo.point(), geo.reference
-    j = plain_jacobian(model, list(theta.layout))
     flat = j.reshape(-1, j.shape[-1])
     kernel = flat @ flat.T
     data = model.data

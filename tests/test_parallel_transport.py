@@ -40,7 +40,7 @@ def test_latitude_circle() -> None:
 
     p = circle(torch.tensor(0.0))
     v = chart.vector(torch.tensor([0.7, 0.4]), at=p)
-    end = geoad.parallel_transport(field, circle, v, steps=100)
+    end = geoad.parallel_transport(field, circle, v, steps=64)
     angle, sine = 2 * math.pi * math.cos(colatitude), math.sin(colatitude)
     a, b = 0.7, 0.4 * sine
     turned = [a * math.cos(angle) + b * math.sin(angle), (b * math.cos(angle) - a * math.sin(angle)) / sine]
@@ -59,7 +59,7 @@ def test_spherical_triangle() -> None:
 
     v = chart.vector(torch.tensor([1.0, 0.5]), at=pole)
     for curve in ([pole, east], equator, [north, pole]):
-        v = geoad.parallel_transport(field, curve, v, steps=64)
+        v = geoad.parallel_transport(field, curve, v, steps=32)
     close(v.components, torch.tensor([-0.5, 1.0]), 1e-7)
 
 
@@ -79,7 +79,7 @@ def test_isometry_of_all_types() -> None:
     w = theta.covector(torch.tensor([0.2, 0.1, -0.7]), at=p)
 
     def carried(thing: Any) -> Any:
-        return geoad.parallel_transport(field, curve, thing, steps=24)
+        return geoad.parallel_transport(field, curve, thing, steps=16)
 
     moved_u, moved_v, moved_w = carried(u), carried(v), carried(w)
     close(field(q)(moved_u, moved_v), field(p)(u, v), 1e-7)
@@ -144,17 +144,17 @@ def test_transport_and_back() -> None:
     theta, _, _ = pair("softplus")
     field, curve = theta.metric_field(rough), curve_of(theta)
     v = theta.vector(torch.tensor([0.3, -1.0, 0.5]), at=curve(torch.tensor(0.0)))
-    there = geoad.parallel_transport(field, curve, v)
-    back = geoad.parallel_transport(field, lambda s: curve(1 - s), there)
+    there = geoad.parallel_transport(field, curve, v, steps=24)
+    back = geoad.parallel_transport(field, lambda s: curve(1 - s), there, steps=24)
     close(back.components, v.components, 1e-6)
     # a polygon; its segments are straight in the home chart
     corners = [curve(torch.tensor(s)) for s in (0.0, 0.3, 1.0)]
-    along = geoad.parallel_transport(field, corners, v, steps=64)
-    returned = geoad.parallel_transport(field, corners[::-1], along, steps=64)
+    along = geoad.parallel_transport(field, corners, v, steps=32)
+    returned = geoad.parallel_transport(field, corners[::-1], along, steps=32)
     close(returned.components, v.components, 1e-8)
     close(field(corners[-1]).norm(along), field(corners[0]).norm(v), 1e-8)
-    fine = geoad.parallel_transport(field, [curve(torch.tensor(s)) for s in torch.linspace(0, 1, 33).tolist()], v)
-    close(fine.components, geoad.parallel_transport(field, curve, v).components, 1e-3)
+    fine = geoad.parallel_transport(field, [curve(torch.tensor(s)) for s in torch.linspace(0, 1, 33).tolist()], v, steps=1)
+    close(fine.components, there.components, 1e-3)
     close(geoad.parallel_transport(field, corners[:1], v).components, v.components)
 
 
@@ -173,7 +173,7 @@ def test_velocity_of_a_geodesic_is_parallel() -> None:
     field = chart.metric_field(sphere)
     x, v = torch.tensor([1.1, 0.2]), torch.tensor([0.4, 0.9])
     p = chart.point(x)
-    end, velocity = geoad.geodesic(field, p, chart.vector(v, at=p), return_velocity=True)
+    end, velocity = geoad.geodesic(field, p, chart.vector(v, at=p), steps=24, return_velocity=True)
     carried = geoad.parallel_transport(field, lambda s: chart.point(great_circle(x, v, s)), chart.vector(v, at=p))
     close(carried.ravel(), velocity.ravel(), 1e-6)
     close(carried.at.ravel(), end.ravel(), 1e-7)
@@ -230,13 +230,13 @@ def test_axes_of_other_spaces_are_untouched() -> None:
     theta, _, p = pair("softplus")
     field, q = theta.metric_field(rough), theta.point(torch.ones(3))
     jacobian = geoad.jacobian(lambda x: torch.stack([x.sum(), (x**2).sum()]))(p)
-    carried = geoad.parallel_transport(field, [p, q], jacobian)
+    carried = geoad.parallel_transport(field, [p, q], jacobian, steps=8)
     assert [str(axis) for axis in carried.axes] == [str(axis) for axis in jacobian.axes]
     for i in range(2):
-        row = geoad.parallel_transport(field, [p, q], theta.covector(jacobian.data[i], at=p))
+        row = geoad.parallel_transport(field, [p, q], theta.covector(jacobian.data[i], at=p), steps=8)
         close(carried.data[i], row.components)
     _, frame = geoad.eigh(theta.form(torch.eye(3), at=p), metric=field(p))
-    there = geoad.parallel_transport(field, [p, q], frame, steps=64)
+    there = geoad.parallel_transport(field, [p, q], frame, steps=24)
     close(torch.einsum("ia,ij,jb->ab", there.data, field(q).to_dense(), there.data), torch.eye(3), 1e-6)
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -868,10 +865,3 @@ def test_scipy_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_wrong_use_is_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(GeometryError):
         make()
-
-
-def test_the_table_in_the_docs_is_up_to_date() -> None:
-    root = Path(__file__).parent.parent
-    command = [sys.executable, str(root / "docs" / "make_operations.py"), "--check"]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr

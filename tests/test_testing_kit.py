@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -559,33 +557,7 @@ def test_a_map_that_vmap_cannot_batch_is_caught() -> None:
         suite(NotBatched).test_transforms()
 
 
-# -- the import ------------------------------------------------------------------------------------------------------------
-
-WITHOUT_HYPOTHESIS = """
-import sys
-sys.modules["hypothesis"] = None
-import torch, geoad
-geoad.testing.assert_invariant(lambda p: 1.0, geoad.Chart({"x": (2,)}, "x"))
-assert "strategies" in dir(geoad.testing)
-try:
-    geoad.testing.strategies
-except ImportError as error:
-    assert "pip install geoad[test]" in str(error), error
-else:
-    raise SystemExit("strategies without hypothesis")
-try:
-    geoad.testing.nothing
-except AttributeError as error:
-    assert "nothing" in str(error)
-else:
-    raise SystemExit("an attribute that is not there")
-"""
-
-
-def test_hypothesis_is_needed_for_the_strategies_only() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_HYPOTHESIS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+# -- wrong use ------------------------------------------------------------------------------------------------------------
 
 
 def test_conformance_needs_two_things() -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from zoo_cases import case, every_model, quiet
 
 import geoad
 from geoad.curvature import Fisher
@@ -28,9 +26,7 @@ from geoad.params import Blocks
 from geoad.testing import zoo
 from geoad.testing.zoo import Model
 
-ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:LSTM with projections")
-every_model = pytest.mark.parametrize("name", zoo.NAMES)
+pytestmark = quiet
 STEP = 1e-5
 STOPPED = ("no_grad inside",)  # what autograd is told to leave out, a difference includes
 
@@ -154,13 +150,11 @@ def test_derivatives(name: str) -> None:
 
 @every_model
 def test_the_jacobian_of_each_sample(name: str) -> None:
-    model = zoo.build(name)
-    bare, geo = Bare(model), model.geo()
+    model, outputs, wanted = case(name)
+    geo = model.geo()
     f, found = sample_jacobian(geo.evaluate, geo.reference.layout, geo.point().blocks, model.inputs)
-    outputs = bare.outputs()
     torch.testing.assert_close(f, outputs)
-    wanted = torch.stack([flat(bare.slope(each)) for each in outputs.flatten()])
-    close(found.flatten(0, -2), wanted, 1e-10)
+    close(found.flatten(0, -2), wanted.flatten(0, -2), 1e-10)
 
 
 THROUGH = ("Linear MLP", "nn.MultiheadAttention", "parametrizations.weight_norm", "EmbeddingBag", "nn.RNN")
@@ -306,12 +300,6 @@ def test_no_kind_is_missing_and_unknown_ones_are_refused() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(first.net.parameters(), second.net.parameters(), strict=True))
     assert torch.equal(first.inputs, second.inputs) and torch.equal(first.targets, second.targets)
-
-
-def test_the_table_in_the_docs_is_up_to_date() -> None:
-    script = ROOT / "docs" / "make_models.py"
-    result = subprocess.run([sys.executable, str(script), "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_outcomes_are_watched() -> None:
