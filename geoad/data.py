@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoad.errors import GeometryError
+from geoad.kernels.finite import how_many
 from geoad.kernels.spread import Exchange
 from geoad.kernels.stamps import Same, depend
+from geoad.params import Blocks
 
-__all__ = ["Batches", "batch_size", "require_match", "split_batch", "take", "without_targets"]
+__all__ = ["Batches", "batch_size", "require_match", "split_batch", "spoilt_by", "take", "without_targets"]
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 
@@ -238,6 +240,19 @@ def require_match(data: Any, others: Any, what: str, error: Exception, *, like: 
             f"{what} are {_words({str(each.dtype) for each in mine})}, {like} {_words(wanted)}, and the evaluation failed "
             f"({error}). If they are no indices, convert them: x.to({min(wanted)})."
         ) from error
+
+
+def spoilt_by(x: Blocks, batches: Batches, *, targets: bool = True) -> str:
+    """Which parameters or which data are not finite, for messages; empty if all are finite."""
+    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
+    if bad:
+        return f"the parameters {bad} hold such numbers"
+    for i, (inputs, given) in enumerate(batches):
+        for what, tree in (("inputs", inputs), ("targets", given if targets else None)):
+            found = (how_many(each) for each in _tensors(tree) if each.is_floating_point() and each.device.type != "meta")
+            for words in filter(None, found):
+                return f"the {what} of batch {i} hold {words}"
+    return ""
 
 
 def _words(kinds: set[str]) -> str:

@@ -132,6 +132,7 @@ class Fisher(NetworkCurvature):
         self.signed = kind == "exact" and not getattr(self.likelihood, "positive", True)
         self.value_class = Form if self.signed else Metric
         self.needs_outputs = kind == "mc"
+        self.uses_targets = kind in ("empirical", "covariance")
         self.drawn: list[Tensor] | None = None
         self.resample()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
 from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans
-from geoad.data import Batches
+from geoad.data import Batches, spoilt_by
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 from geoad.kernels.memory import bytes_of
@@ -134,6 +134,17 @@ class NetworkCurvature(OutputCurvature):
         if not is_wrapped({"outputs": outputs}) and not holds(outputs.isfinite().all()):
             raise GeometryError(_not_finite(type(self).__name__, outputs, x))
 
+    def refuse_spoilt(self, x: Blocks) -> NoReturn:
+        """Refuse a matrix that is not finite, though the outputs are."""
+        why = spoilt_by(x, self.batches, targets=self.uses_targets) or (
+            "the parameters and the data are finite, so a derivative of the network or a curvature of the likelihood is not (a "
+            "root or a norm at 0, or numbers too large for their precision)"
+        )
+        raise GeometryError(
+            f"a {type(self).__name__} matrix holds numbers that are not finite: {why}. It would give nan in every product. Mend "
+            "the data, or go back to a finite point."
+        )
+
     @property
     def weight(self) -> float:
         """w: 1/N for the mean, 1 for the sum."""
@@ -159,6 +170,9 @@ class NetworkCurvature(OutputCurvature):
 
     needs_outputs: bool = False
     """`labels` looks at the outputs."""
+
+    uses_targets: bool = True
+    """A depends on the targets."""
 
     signed: bool = False
     """A may be indefinite."""

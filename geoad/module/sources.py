@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geoad.data import Batches, require_match
+from geoad.data import Batches, require_match, spoilt_by
 from geoad.errors import GeometryError
+from geoad.fields.scalar import spoilt
+from geoad.kernels import derivatives
 from geoad.kernels.derivatives import Part, Shared
+from geoad.kernels.finite import all_finite
 from geoad.kernels.ladder import visit
 from geoad.params import Blocks
 
@@ -65,16 +68,36 @@ class LossSource:
     def parts(self) -> Iterable[Part]:
         """One part a batch; their sum is the mean (or the sum) over all samples. One part in all where processes share them."""
         if self.batches.exchange is None:
-            return self._own()
+            return self.own_parts()
         name = getattr(self.loss, "__name__", type(self.loss).__name__)
         call = f"the {self.reduction} of the loss {name} over {self.batches.described()}"
-        return [(1.0, Shared(self._own, self.batches.exchange, call))]
+        return [(1.0, Shared(self.own_parts, self.batches.exchange, call))]
 
-    def _own(self) -> Iterable[Part]:
+    def own_parts(self) -> Iterable[Part]:
+        """Those of this process."""
         total = self.batches.total if self.reduction == "mean" else 1
         for size, inputs, targets in self.batches.sized():
             coefficient = (1 if self._summed else size) / total
             yield coefficient, lambda x, inputs=inputs, targets=targets: self._batch(x, inputs, targets)
+
+
+@spoilt.register
+def _(source: LossSource, x: Blocks) -> str:
+    why = spoilt_by(x, source.batches)
+    if why:
+        return why
+    with torch.no_grad():
+        for i, (_, fn) in enumerate(source.own_parts()):
+            value = fn(x)
+            if not bool(value.isfinite().all()):
+                return f"the loss of batch {i} is {float(value):g}, though the parameters and the data are finite"
+    product = derivatives.hessian_product(source.own_parts(), x, {name: torch.ones_like(block) for name, block in x.items()})
+    if not bool(all_finite(product.values())):
+        return (
+            "the parameters, the data and the loss are finite, but a derivative of the network or of the loss is not (a root or "
+            "a norm at 0, or numbers too large for their precision)"
+        )
+    return "" if source.batches.exchange is None else "the reason is in another process"
 
 
 def _accepts_reduction(loss: Callable[..., Any]) -> bool:
