@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from geoad.kernels.spread import Exchange
 from geoad.kernels.stamps import Same, depend
 from geoad.params import Blocks
 
-__all__ = ["Batches", "batch_size", "require_match", "split_batch", "spoilt_by", "take", "without_targets"]
+__all__ = ["Batches", "batch_size", "refuse_spoilt", "require_match", "split_batch", "spoilt_by", "take", "without_targets"]
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 
@@ -253,6 +253,18 @@ def spoilt_by(x: Blocks, batches: Batches, *, targets: bool = True) -> str:
             for words in filter(None, found):
                 return f"the {what} of batch {i} hold {words}"
     return ""
+
+
+def refuse_spoilt(what: str, x: Blocks, *data: Batches, targets: bool = True) -> NoReturn:
+    """Raise for an object that is not finite, though the network's outputs are."""
+    why = next(filter(None, (spoilt_by(x, each, targets=targets) for each in data)), "") or (
+        "the parameters and the data are finite, so a derivative of the network (or a curvature of the likelihood) is not: a root "
+        "or a norm at 0, or numbers too large for their precision"
+    )
+    raise GeometryError(
+        f"{what} holds numbers that are not finite: {why}. What is made of it would be nan. Mend the data or the network there, "
+        "go back to a finite point, or use float64."
+    )
 
 
 def _words(kinds: set[str]) -> str:

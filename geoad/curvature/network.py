@@ -19,7 +19,7 @@ from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
 from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans
-from geoad.data import Batches, spoilt_by
+from geoad.data import Batches, refuse_spoilt, spoilt_by
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 from geoad.kernels.memory import bytes_of
@@ -132,18 +132,11 @@ class NetworkCurvature(OutputCurvature):
     def inspect(self, outputs: Tensor, x: Blocks) -> None:
         """Refuse outputs that are not finite, where values can be read."""
         if not is_wrapped({"outputs": outputs}) and not holds(outputs.isfinite().all()):
-            raise GeometryError(_not_finite(type(self).__name__, outputs, x))
+            raise GeometryError(_not_finite(type(self).__name__, outputs, spoilt_by(x, self.batches, targets=False)))
 
     def refuse_spoilt(self, x: Blocks) -> NoReturn:
         """Refuse a matrix that is not finite, though the outputs are."""
-        why = spoilt_by(x, self.batches, targets=self.uses_targets) or (
-            "the parameters and the data are finite, so a derivative of the network or a curvature of the likelihood is not (a "
-            "root or a norm at 0, or numbers too large for their precision)"
-        )
-        raise GeometryError(
-            f"a {type(self).__name__} matrix holds numbers that are not finite: {why}. It would give nan in every product. Mend "
-            "the data, or go back to a finite point."
-        )
+        refuse_spoilt(f"a {type(self).__name__} matrix", x, self.batches, targets=self.uses_targets)
 
     @property
     def weight(self) -> float:
@@ -254,9 +247,8 @@ def require_as_many(targets: Any, size: int) -> None:
         )
 
 
-def _not_finite(what: str, outputs: Tensor, x: Blocks) -> str:
-    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
-    cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
+def _not_finite(what: str, outputs: Tensor, why: str) -> str:
+    cause = why or "the parameters and the data are finite, so the network divides by zero, or runs out of range"
     return (
         f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not finite "
         f"({cause}). A {what} matrix there would be nan throughout; mend the data or go back to a finite point. Classes "

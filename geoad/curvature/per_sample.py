@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from geoad.charts import Point
-from geoad.curvature.sweep import Batch, Plans, sweep
+from geoad.curvature.network import require_as_many
+from geoad.curvature.sweep import Batch, Consumer, Plans, sweep
+from geoad.data import refuse_spoilt
 from geoad.errors import GeometryError
 from geoad.fields.scalar import ScalarField, require_point
+from geoad.kernels.conditions import holds, together
+from geoad.kernels.finite import all_finite
+from geoad.kernels.ladder import at_top_level
 from geoad.kernels.memory import bytes_of
 from geoad.kernels.rows import Rows
 from geoad.module.sources import LossSource
-from geoad.params import Blocks, Layout, first
+from geoad.params import Blocks, Layout, first, is_wrapped
 from geoad.tensors import Covector
 
 if TYPE_CHECKING:
@@ -95,23 +100,46 @@ class _PerSample:
     def batches(self) -> Iterator[Batch]:
         """Inputs and targets of a sample belong together."""
         for size, inputs, targets in self.source.batches.sized():
+            require_as_many(targets, size)
             yield Batch(size, (inputs, targets), None)
 
     def gradients(self, x: Blocks) -> Blocks:
         """(N, *shape) for each block."""
         total = self.source.batches.own
         result = Layout({name: block.shape for name, block in x.items()}).rows(total, first(x))
-        sweep(
-            Plans(self.outputs, x, tried=False),
-            self.batches(),
-            lambda outputs, _: (torch.ones_like(outputs).unsqueeze(0), None),
-            [_Written(result)],
-            max_memory=self.max_memory,
-            most=2048,
-            progress=self.progress,
-            total=total,
-        )
+        looks = at_top_level() and not is_wrapped(x)
+
+        def go(consumers: Sequence[Consumer], progress: bool) -> None:
+            sweep(
+                Plans(self.outputs, x, tried=False),
+                self.batches(),
+                lambda outputs, _: (torch.ones_like(outputs).unsqueeze(0), None),
+                [*consumers, *([_Looked(self.source, x)] if looks else [])],
+                max_memory=self.max_memory,
+                most=2048,
+                progress=progress,
+                total=total,
+            )
+
+        together(lambda: go([_Written(result)], self.progress), again=lambda: go([], False))
         return result
+
+
+class _Looked:
+    """Refuses rows that are not finite, by what they are products of."""
+
+    def __init__(self, source: LossSource, x: Blocks) -> None:
+        self.source, self.x = source, x
+
+    def add(self, rows: Rows, signs: Tensor | None) -> None:
+        """Look at what went into the layers and what came back."""
+        parts = [part for each in rows.uses for part in (each.a, *each.back)]
+        if not holds(all_finite([*parts, *rows.others.values()])):
+            refuse_spoilt("a gradient of a single sample", self.x, self.source.batches)
+
+    def numbers_of_a_sample(self, rows: Rows) -> int:
+        """None: nothing is kept."""
+        return 0
 
 
 class _Written:

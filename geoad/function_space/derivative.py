@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from geoad.curvature.sweep import Batch, Plans, Portion
-from geoad.data import Batches, take
+from geoad.data import Batches, refuse_spoilt, take
 from geoad.errors import GeometryError
 from geoad.kernels import products
+from geoad.kernels.finite import FirstLook
 from geoad.kernels.layered import Outputs, linearize
 from geoad.kernels.linear import Repeated
 from geoad.kernels.rows import Rows
@@ -46,6 +48,8 @@ class Derivative:
         self.outputs, self.batches, self.x, self.shape, self.max_memory = outputs, batches, x, shape, max_memory
         self.layout = Layout({name: block.shape for name, block in x.items()})
         self._kept: list[_Part] | None = None
+        blame = functools.partial(refuse_spoilt, "the derivative of the outputs", x, batches, targets=False)
+        self._looks = FirstLook(blame), FirstLook(blame)
 
     def _parts(self) -> Iterator[_Part]:
         if not self.batches.lasting:
@@ -59,7 +63,9 @@ class Derivative:
     def push(self, v: Blocks) -> Tensor:
         """J v, (*batch, N, ..., c)."""
         axes = len(self.layout.batch_shape(v))
-        return torch.cat([part.push.batched(v, axes) for part in self._parts()], axes)
+        pushed = torch.cat([part.push.batched(v, axes) for part in self._parts()], axes)
+        self._looks[0](v, {"": pushed})
+        return pushed
 
     def pull(self, u: Tensor) -> Blocks:
         """Jᵀ u for u (*batch, N, ..., c)."""
@@ -70,6 +76,7 @@ class Derivative:
             total = term if total is None else add(total, term)
             start += part.size
         assert total is not None
+        self._looks[1]({"": u}, total)
         return total
 
     def dense(self) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from geoad.charts import Chart
 from geoad.curvature.selection import Difference, Subset
-from geoad.data import Batches, batch_size, take
+from geoad.data import Batches, batch_size, spoilt_by, take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.kernel_gram import Features, Group, features
@@ -99,8 +99,9 @@ class Data:
         _require_one_shape({part.shape[1:] for part in parts})
         outputs = torch.cat(list(parts))
         if not bool(outputs.isfinite().all()):
-            bad = [name for name, block in theta.items() if not bool(block.isfinite().all())]
-            cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
+            cause = spoilt_by(theta, self.batches, targets=False) or (
+                "the parameters and the data are finite, so the network divides by zero, or runs out of range"
+            )
             raise GeometryError(
                 f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not "
                 f"finite ({cause}). A tangent kernel there would be nan throughout; mend the data or go back to a finite point."
