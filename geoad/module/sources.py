@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from geoad.data import Batches, require_match, spoilt_by
@@ -18,6 +18,7 @@ from geoad.kernels import derivatives
 from geoad.kernels.derivatives import Part, Shared
 from geoad.kernels.finite import all_finite
 from geoad.kernels.ladder import visit
+from geoad.module.misfit import MISFITS, refuse_targets
 from geoad.params import Blocks
 
 if TYPE_CHECKING:
@@ -48,16 +49,19 @@ class LossSource:
         self.geo, self.loss, self.reduction = geo, loss, reduction
         self.batches = data if isinstance(data, Batches) else Batches(data)
         self._takes_reduction = own is None and _accepts_reduction(loss)
+        self._takes_labels = _accepts_labels(loss)
         self._summed = own == "sum" or (self._takes_reduction and reduction == "sum")
 
     def _batch(self, x: Blocks, inputs: Any, targets: Any) -> Tensor:
         visit(self)
         outputs = self.geo.evaluate(x, inputs)
+        targets = _long(targets) if self._takes_labels else targets
         arguments = (outputs,) if targets is None else (outputs, targets)
         options = {"reduction": self.reduction} if self._takes_reduction else {}
         try:
             return self.loss(*arguments, **options)
-        except RuntimeError as error:
+        except MISFITS as error:
+            refuse_targets(self.loss, outputs, targets, error)
             require_match(targets, {"outputs": outputs}, "the targets", error, like="the outputs")
             raise
 
@@ -100,8 +104,20 @@ def _(source: LossSource, x: Blocks) -> str:
     return "" if source.batches.exchange is None else "the reason is in another process"
 
 
+def _accepts_labels(loss: Any) -> bool:
+    """It is a loss of torch that takes integers for labels of classes only."""
+    loss = loss.func if isinstance(loss, functools.partial) else loss
+    return loss in (functional.cross_entropy, functional.nll_loss) or type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def _long(targets: Any) -> Any:
+    """Labels of any integer type in the one that torch has all kernels for."""
+    whole = isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex())
+    return targets.long() if whole and targets.dtype not in (torch.int64, torch.bool) else targets
+
+
 def _accepts_reduction(loss: Callable[..., Any]) -> bool:
-    if isinstance(loss, torch.nn.Module):
+    if isinstance(loss, nn.Module):
         return False
     if loss is getattr(functional, getattr(loss, "__name__", ""), None):  # those of torch are asked once
         return _names_reduction(loss)
