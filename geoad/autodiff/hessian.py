@@ -35,8 +35,8 @@ def _refuse_spoilt(field: ScalarField, x: Blocks) -> None:
     why = spoilt(field.source, x)
     if why:
         raise GeometryError(
-            f"a product with the Hessian of a loss is not finite: {why}. All products there would hold nan. Mend the data, or go "
-            "back to a finite point."
+            f"a product with the Hessian of a loss is not finite: {why}. All products there would hold nan. Mend the data, or "
+            "go back to a finite point."
         )
 
 

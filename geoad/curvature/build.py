@@ -21,8 +21,8 @@ from geoad.curvature.sweep import Plans, sweep
 from geoad.errors import GeometryError, StructureNotPreservedError
 from geoad.kernels.conditions import together
 from geoad.kernels.finite import all_finite
-from geoad.kernels.spread import digest
 from geoad.kernels.ladder import at_top_level
+from geoad.kernels.spread import digest
 from geoad.operators import LinearOperator, numbers
 from geoad.params import Blocks, first, is_wrapped
 
@@ -74,9 +74,9 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
 
 def _require_finite(field: NetworkCurvature, x: Blocks, telling: list[Tensor], all_of_it: Sequence[Tensor] = ()) -> None:
     """Refuse what is not finite, as the same numbers in all processes tell."""
-    if telling and at_top_level() and not is_wrapped(x) and not bool(all_finite(telling)):
-        if not all_of_it or not bool(all_finite(all_of_it)):
-            field.refuse_spoilt(x)
+    readable = bool(telling) and at_top_level() and not is_wrapped(x)
+    if readable and not bool(all_finite(telling)) and not (all_of_it and bool(all_finite(all_of_it))):
+        field.refuse_spoilt(x)
 
 
 def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None, chunks: Chunks | None) -> None:

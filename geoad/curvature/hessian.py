@@ -87,8 +87,8 @@ class Hessian(FormField):
         field, _ = self.forms.local(p)
         why = spoilt(field.source, p.to(field.home).blocks) or "look at the function: it has no second derivative there"
         return (
-            f"the Hessian of the loss holds numbers that are not finite ({why}): it would be nan in every product. Mend the data "
-            "or go back to a finite point."
+            f"the Hessian of the loss holds numbers that are not finite ({why}): it would be nan in every product. Mend the "
+            "data or go back to a finite point."
         )
 
     def to_representation(self, representation: Any) -> Hessian:

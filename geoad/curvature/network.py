@@ -120,6 +120,8 @@ class NetworkCurvature(OutputCurvature):
                 f"the likelihood needs the outputs as one tensor (n, ..., c), the network returned {type(outputs).__name__}. "
                 "Say which part parametrises the likelihood: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
             )
+        if outputs.ndim > 1:
+            self.batches.require_meant(outputs, lambda y: self.likelihood.takes(outputs, y))
         if self.select is not None:
             outputs = _selected(self.select, outputs)
         self.likelihood.check(outputs)

@@ -32,6 +32,7 @@ def refuse_inputs(run: Callable[[Blocks, Any], object], theta: Blocks, inputs: A
         inputs: what it was evaluated on.
         error: what it raised.
     """
+
     def again() -> None:
         nonlocal inputs
         inputs = _bare(inputs)
@@ -54,6 +55,7 @@ def refuse_inputs(run: Callable[[Blocks, Any], object], theta: Blocks, inputs: A
 
 def refuse_targets(loss: Callable[..., object], outputs: Any, targets: Any, error: Exception) -> None:
     """Raise a clear error if a loss, outside of all derivatives, cannot take these targets."""
+
     def again() -> None:
         nonlocal outputs, targets
         outputs, targets = _bare(outputs), _bare(targets)
@@ -67,7 +69,9 @@ def refuse_targets(loss: Callable[..., object], outputs: Any, targets: Any, erro
         _note(error, f"geoad evaluated the loss on {given}.")
         return
     name = getattr(loss, "__name__", type(loss).__name__)
-    raise GeometryError(f"the loss {name} cannot be evaluated on {given}: {_said(found)}. {_mended(outputs, targets)}") from found
+    raise GeometryError(
+        f"the loss {name} cannot be evaluated on {given}: {_said(found)}. {_mended(outputs, targets)}"
+    ) from found
 
 
 # -- what went wrong ---------------------------------------------------------------------------------------------------------
@@ -145,11 +149,11 @@ def _indices(where: _Where) -> str:
     if rows is None or not isinstance(given, Tensor) or given.is_floating_point() or not given.numel():
         return ""
     low, high = int(given.min()), int(given.max())
-    if 0 <= low and high < rows:
+    if low >= 0 and high < rows:
         return ""
     return (
-        f"Indices must lie between 0 and {rows - 1}, found {low} to {high}: give the embedding more rows, or map unknown tokens "
-        "to one that it has."
+        f"Indices must lie between 0 and {rows - 1}, found {low} to {high}: give the embedding more rows, or map unknown "
+        "tokens to one that it has."
     )
 
 
@@ -176,8 +180,8 @@ def _mended(outputs: Any, targets: Any) -> str:
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= classes:
             return (
-                f"Labels must lie between 0 and {classes - 1}, for there are {classes} classes; found {low} to {high}. Let them "
-                "start at 0, give the network more outputs, or name the label of padding to the loss, ignore_index=..."
+                f"Labels must lie between 0 and {classes - 1}, for there are {classes} classes; found {low} to {high}. Let "
+                "them start at 0, give the network more outputs, or name the label of padding to the loss, ignore_index=..."
             )
     return _EACH
 

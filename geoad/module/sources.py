@@ -98,8 +98,8 @@ def _(source: LossSource, x: Blocks) -> str:
     product = derivatives.hessian_product(source.own_parts(), x, {name: torch.ones_like(block) for name, block in x.items()})
     if not bool(all_finite(product.values())):
         return (
-            "the parameters, the data and the loss are finite, but a derivative of the network or of the loss is not (a root or "
-            "a norm at 0, or numbers too large for their precision)"
+            "the parameters, the data and the loss are finite, but a derivative of the network or of the loss is not (a root "
+            "or a norm at 0, or numbers too large for their precision)"
         )
     return "" if source.batches.exchange is None else "the reason is in another process"
 

@@ -36,9 +36,7 @@ class KernelOperator(ops.Implicit):
         theta = p.to(field.geo.reference).blocks
         self.sharp = sharp_of(field.metric, p, field.geo.reference)
         self._batches = _batches(field, theta)
-        self._look = FirstLook(
-            functools.partial(refuse_spoilt, "the tangent kernel", theta, field.left.batches, targets=False)
-        )
+        self._look = FirstLook(functools.partial(refuse_spoilt, "the tangent kernel", theta, field.left.batches, targets=False))
 
     def mv(self, v: Blocks) -> Blocks:
         u = v["f"]
