@@ -108,6 +108,8 @@ BY_INPUTS: dict[str, Call] = {
 }
 LABELLED = {**BY_LOSS, **BY_LABELS}
 CALLS = {**LABELLED, **BY_LIKELIHOOD, **BY_INPUTS}
+SOME_LABELLED = ["hessian", "Hessian, diagonal", "per_sample_grads", "empirical, kfac", "GGN, implicit"]
+SOME = [*SOME_LABELLED, "exact, ekfac", "mc, implicit", "ntk", "FunctionSpace, pull"]
 OUTPUTS = [name for name in CALLS if name != "FunctionSpace"]  # derivatives
 
 
@@ -120,7 +122,7 @@ class State:
     def __init__(self, net: nn.Module) -> None:
         self.net, self.held = net, copy.deepcopy(net.state_dict())
         self.flags = [(m.training, *m._forward_hooks, *m._forward_pre_hooks) for m in net.modules()]  # pyright: ignore[reportPrivateUsage]
-        self.leaves = [(p.requires_grad, p.grad is None, p._version) for p in net.parameters()]  # pyright: ignore[reportPrivateUsage]
+        self.leaves = [(p.requires_grad, p.grad is None, p._version) for p in net.parameters()]
         self.random = torch.get_rng_state()
 
     def require_same(self) -> None:
@@ -157,10 +159,8 @@ def _start() -> Tensor:
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("batches", [1, 2])
-def test_nan_in_the_inputs(name: str, batches: int) -> None:
-    bad = put(X, torch.nan), Y
-    refused(name, network(), bad if batches == 1 else [(X, Y), bad], f"inputs of batch {batches - 1} hold 1 of 28 .*sample 2")
+def test_nan_in_the_inputs(name: str) -> None:
+    refused(name, network(), [(X, Y), (put(X, torch.nan), Y)], "inputs of batch 1 hold 1 of 28 .*sample 2")
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
@@ -183,11 +183,10 @@ def test_targets_that_are_left_aside_may_be_nan(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_parameters_that_are_not_finite(name: str, value: float) -> None:
+def test_parameters_that_are_not_finite(name: str) -> None:
     net = network()
     with torch.no_grad():
-        net[2].weight[0, 0] = value
+        net.get_parameter("2.weight")[0, 0] = torch.nan
     refused(name, net, (X, Y), r"the parameters \['2\.weight'\] hold such numbers")
 
 
@@ -214,13 +213,15 @@ def test_the_loss_is_to_blame(place: str) -> None:
     def loss(f: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(f, y) + ((f * 0).log().sum() if place == "value" else (f * 0).abs().sqrt().sum())
 
-    refused("hessian", network(), (X, Y), "loss of batch 0 is -inf" if place == "value" else "or of the loss is not", Loss(loss))
+    refused(
+        "hessian", network(), (X, Y), "loss of batch 0 is -inf" if place == "value" else "or of the loss is not", Loss(loss)
+    )
 
 
 def test_only_the_loss_of_a_sum_is_blamed() -> None:
     geo = geoad.GeoModule(network())
     p = geo.point()
-    infinite = geo.scalar_field(lambda net: sum((w * 0).abs().sqrt().sum() for w in net.parameters()))
+    infinite = geo.scalar_field(lambda net: torch.stack([(w * 0).abs().sqrt().sum() for w in net.parameters()]).sum())
     good, bad = geo.loss(F.cross_entropy, (X, Y)), geo.loss(F.cross_entropy, (put(X, torch.nan), Y))
     for field in (infinite, good + infinite, good * infinite, -infinite):
         assert not bool(product(geoad.hessian(field)(p)).isfinite().all())
@@ -266,8 +267,7 @@ def test_large_numbers_are_finite(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", LABELLED)
-@pytest.mark.parametrize("label", [3, 90, -1])
-@pytest.mark.parametrize("place", [0, 4])
+@pytest.mark.parametrize(("label", "place"), [(3, 4), (-1, 0)])
 def test_labels_out_of_range(name: str, label: int, place: int) -> None:
     y = Y.clone()
     y[place] = label
@@ -275,14 +275,16 @@ def test_labels_out_of_range(name: str, label: int, place: int) -> None:
     refused(name, network(), (X, y), words)
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.1)], ids=["module", "partial"])
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.1)], ids=["module", "partial"]
+)
 @pytest.mark.parametrize("name", ["hessian", "per_sample_grads", "GGN, implicit", "GGN, kfac"])
 def test_labels_out_of_range_in_other_forms_of_the_loss(name: str, loss: Any) -> None:
     refused(name, network(), (X, Y + 2), "[Ll]abels must lie between 0 and 2", Loss(loss))
 
 
 @pytest.mark.parametrize("name", LABELLED)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_labels_of_any_integer_type(name: str, dtype: torch.dtype) -> None:
     one, other = (CALLS[name](geoad.GeoModule(network()), (X, y), CLASSES) for y in (Y, Y.to(dtype)))
     assert torch.equal(one, other)
@@ -302,14 +304,14 @@ TARGETS: dict[str, tuple[Tensor, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", SOME_LABELLED)
 @pytest.mark.parametrize("form", TARGETS)
 def test_targets_of_another_form(name: str, form: str) -> None:
     targets, words = TARGETS[form]
     refused(name, network(), (X, targets), words)
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", SOME_LABELLED)
 @pytest.mark.parametrize("length", [5, 14])
 def test_targets_of_another_length(name: str, length: int) -> None:
     words = rf"7 samples and targets of shape \({length},\)|targets int64 of shape \({length},\)"
@@ -335,13 +337,17 @@ WRONG: dict[str, tuple[nn.Module, Any, Loss, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("name", ["empirical, implicit", "empirical, dense", "empirical, kfac", "covariance, diagonal"])
+@pytest.mark.parametrize("name", ["empirical, implicit", "covariance, diagonal"])
 def test_a_likelihood_of_other_outputs(name: str, wrong: str) -> None:
     net, data, loss, words = WRONG[wrong]
     refused(name, copy.deepcopy(net), data, words, loss)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------------
+
+EVALUATED = ["single precision", "integers", "another device", "too few features", "too few features, later"]
+"""What only an evaluation of the network shows; the rest is refused before."""
+ENTRIES = ["Hessian", "per_sample_grads", "exact, ekfac", "ntk", "FunctionSpace"]
 
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (lambda: None, "found NoneType|data NoneType"),
@@ -370,19 +376,18 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for k in DATA for n in (SOME if k in EVALUATED else ENTRIES)])
 def test_data_of_another_kind(name: str, kind: str) -> None:
     data, words = DATA[kind]
     refused(name, network(), data(), words)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", SOME)
 def test_a_network_of_another_precision(name: str) -> None:
     refused(name, network().bfloat16(), (X.float(), Y), r"inputs are torch\.float32, the parameters torch\.bfloat16")
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", SOME_LABELLED)
 def test_targets_on_another_device(name: str) -> None:
     refused(name, network(), (X, Y.to("meta")), "targets (are )?on meta")
 
@@ -404,11 +409,10 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(("token", "words"), [(7, "found 0 to 7"), (-2, "found -2 to 4")])
-def test_tokens_out_of_range(name: str, token: int, words: str) -> None:
+def test_tokens_out_of_range(name: str) -> None:
     x = torch.arange(2 * N).reshape(N, 2) % 5
-    x[3, 1] = token
-    refused(name, Tokens().double(), (x, Y), f"module 'table', Embedding.*Indices must lie between 0 and 4, {words}")
+    x[3, 1] = 7
+    refused(name, Tokens().double(), (x, Y), "module 'table', Embedding.*Indices must lie between 0 and 4, found 0 to 7")
 
 
 MODES: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -417,8 +421,7 @@ MODES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "mode"), [*((n, "batch norm") for n in CALLS), *((n, "dropout") for n in SOME)])
 def test_training_mode_where_it_matters(name: str, mode: str) -> None:
     make, words = MODES[mode]
     net = make().double()
@@ -512,8 +515,7 @@ class Sparse(nn.Module):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("make", [network, lambda: Sparse().double()], ids=["plain", "empty"])
-@pytest.mark.parametrize("size", [1, N])
+@pytest.mark.parametrize(("make", "size"), [(network, 1), (lambda: Sparse().double(), N)], ids=["one", "empty"])
 def test_few_samples_and_few_numbers(name: str, make: Any, size: int) -> None:
     found = CALLS[name](geoad.GeoModule(make()), (X[:size], Y[:size]), CLASSES)
     assert bool(found.isfinite().all()) and found.numel()
@@ -530,7 +532,7 @@ def test_a_ragged_last_batch_of_one(name: str) -> None:
 # -- solving, averages -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("representation", ["implicit", "dense", "diagonal", "kfac", "low_rank"])
+@pytest.mark.parametrize("representation", ["implicit", "dense", "kfac", "low_rank"])
 def test_singular_solves(representation: str) -> None:
     net = Sparse().double()
     geo = geoad.GeoModule(net)

@@ -528,7 +528,7 @@ def test_errors_of_the_user_are_not_hidden() -> None:
             geoad.grad(loss(geo))(geo.point())
         assert any("the first axis counts the samples" in note for note in found.value.__notes__)
     geo = geoad.GeoModule(nn.Linear(3, 2))
-    with pytest.raises(geoad.GeometryError, match="shapes cannot be multiplied.*A single sample is a batch of one") as found:
+    with pytest.raises(geoad.GeometryError, match=r"shapes cannot be multiplied.*A single sample is a batch of one") as found:
         geoad.grad(geo.loss(functional.cross_entropy, (X[:, :2], Y)))(geo.point())
     assert type(found.value.__cause__) is RuntimeError
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from geoad.curvature.sweep import Batch, Plans, Portion
 from geoad.data import Batches, refuse_spoilt, take
-from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.finite import FirstLook
 from geoad.kernels.layered import Outputs, linearize
@@ -20,7 +19,7 @@ from geoad.kernels.linear import Repeated
 from geoad.kernels.rows import Rows
 from geoad.params import Blocks, Layout, add, first
 
-__all__ = ["Derivative", "require_length", "rows_of"]
+__all__ = ["Derivative", "rows_of"]
 
 
 class _Part(NamedTuple):
@@ -155,13 +154,3 @@ def rows_of(
 
 
 _MOST = 1024
-
-
-def require_length(outputs: Tensor, size: int) -> None:
-    """Refuse outputs that do not have one entry of their first axis for each sample."""
-    if outputs.ndim == 0 or outputs.shape[0] != size:
-        raise GeometryError(
-            f"the network returned outputs of shape {tuple(outputs.shape)} for a batch of {size} samples. The outputs over "
-            "data form a space if the samples come first, (n, ..., c); move that axis: "
-            "GeoModule(net, forward=lambda net, x: net(x).movedim(1, 0))."
-        )

@@ -29,7 +29,7 @@ from geoad.params import Blocks, Layout, equal
 if TYPE_CHECKING:
     from geoad.module import GeoModule
 
-__all__ = ["Chunk", "Data", "Form", "space_of"]
+__all__ = ["Chunk", "Data", "Form", "require_length", "space_of"]
 
 Select = Callable[[Tensor], Tensor]
 
@@ -90,8 +90,11 @@ class Data:
     def values(self, theta: Blocks) -> Tensor:
         """f(θ), detached; outputs that are not finite are refused."""
         self.require_separate_samples()
+        parts: list[Tensor] = []
         with torch.no_grad():
-            parts = [self.evaluate(theta, inputs) for _, inputs, _ in self.batches.sized()]
+            for size, inputs, _ in self.batches.sized():
+                parts.append(self.evaluate(theta, inputs))
+                require_length(parts[-1], size)
         return self.joined(theta, parts).detach()
 
     def joined(self, theta: Blocks, parts: Sequence[Tensor]) -> Tensor:
@@ -180,6 +183,16 @@ def _require_one_shape(shapes: set[torch.Size]) -> None:
         raise GeometryError(
             f"the outputs of different batches have the shapes {sorted(tuple(s) for s in shapes)} behind the sample axis, so "
             "they form no space. Pad the inputs to one length, or take one kernel for each length."
+        )
+
+
+def require_length(outputs: Tensor, size: int) -> None:
+    """Refuse outputs that do not have one entry of their first axis for each sample."""
+    if outputs.ndim == 0 or outputs.shape[0] != size:
+        raise GeometryError(
+            f"the network returned outputs of shape {tuple(outputs.shape)} for a batch of {size} samples. The outputs over "
+            "data form a space if the samples come first, (n, ..., c); move that axis: "
+            "GeoModule(net, forward=lambda net, x: net(x).movedim(1, 0))."
         )
 
 
