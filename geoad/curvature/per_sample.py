@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from geoad.charts import Point
 from geoad.curvature.network import require_as_many
-from geoad.curvature.sweep import Batch, Consumer, Plans, sweep
+from geoad.curvature.sweep import Batch, Plans, sweep
 from geoad.data import refuse_spoilt
 from geoad.errors import GeometryError
 from geoad.fields.scalar import ScalarField, require_point
-from geoad.kernels.conditions import holds, together
 from geoad.kernels.finite import all_finite
 from geoad.kernels.ladder import at_top_level
 from geoad.kernels.memory import bytes_of
@@ -107,52 +106,46 @@ class _PerSample:
         """(N, *shape) for each block."""
         total = self.source.batches.own
         result = Layout({name: block.shape for name, block in x.items()}).rows(total, first(x))
-        looks = at_top_level() and not is_wrapped(x)
-
-        def go(consumers: Sequence[Consumer], progress: bool) -> None:
-            sweep(
-                Plans(self.outputs, x, tried=False),
-                self.batches(),
-                lambda outputs, _: (torch.ones_like(outputs).unsqueeze(0), None),
-                [*consumers, *([_Looked(self.source, x)] if looks else [])],
-                max_memory=self.max_memory,
-                most=2048,
-                progress=progress,
-                total=total,
-            )
-
-        together(lambda: go([_Written(result)], self.progress), again=lambda: go([], False))
+        written = _Written(result, at_top_level() and not is_wrapped(x))
+        sweep(
+            Plans(self.outputs, x, tried=False),
+            self.batches(),
+            lambda outputs, _: (torch.ones_like(outputs).unsqueeze(0), None),
+            [written],
+            max_memory=self.max_memory,
+            most=2048,
+            progress=self.progress,
+            total=total,
+        )
+        if not written.finite() and not bool(all_finite(result.values())):
+            refuse_spoilt("a gradient of a single sample", x, self.source.batches)
         return result
 
 
-class _Looked:
-    """Refuses rows that are not finite, by what they are products of."""
-
-    def __init__(self, source: LossSource, x: Blocks) -> None:
-        self.source, self.x = source, x
-
-    def add(self, rows: Rows, signs: Tensor | None) -> None:
-        """Look at what went into the layers and what came back."""
-        parts = [part for each in rows.uses for part in (each.a, *each.back)]
-        if not holds(all_finite([*parts, *rows.others.values()])):
-            refuse_spoilt("a gradient of a single sample", self.x, self.source.batches)
-
-    def numbers_of_a_sample(self, rows: Rows) -> int:
-        """None: nothing is kept."""
-        return 0
-
-
 class _Written:
-    """The rows of single seeds, written down one after another."""
+    """The rows of single seeds, written down one after another.
 
-    def __init__(self, result: Blocks) -> None:
+    Args:
+        result: where they are written.
+        looks: what they are products of is summed up, to see whether it is finite.
+    """
+
+    def __init__(self, result: Blocks, looks: bool) -> None:
         self.result, self.place = result, 0
+        self.sums: list[Tensor] | None = [] if looks else None
 
     def add(self, rows: Rows, signs: Tensor | None) -> None:
         """Write the rows to the next places."""
         stop = self.place + rows.samples
         rows.write(self.result, slice(self.place, stop))
         self.place = stop
+        if self.sums is not None:
+            parts = [part for each in rows.uses for part in (each.a, *each.back)] + list(rows.others.values())
+            self.sums += [part.detach().sum() for part in parts if part.is_floating_point()]
+
+    def finite(self) -> bool:
+        """All is finite, for the sums are; False also where these overflow. The device is waited for once."""
+        return not self.sums or bool(torch.stack([each.float() for each in self.sums]).isfinite().all())
 
     def numbers_of_a_sample(self, rows: Rows) -> int:
         """The rows, once more."""
