@@ -41,6 +41,9 @@ class Hessian(FormField):
         reduction: "mean" or "sum" over the samples.
         metric: whose connection is used. Default: the flat one of the reference chart.
 
+    Raises:
+        GeometryError: a product, or a stored value, of a loss is not finite, because of data, parameters or the loss.
+
     >>> import torch, geoad
     >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
     >>> data = torch.randn(5, 2), torch.randint(3, (5,))

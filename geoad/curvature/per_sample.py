@@ -49,6 +49,10 @@ def per_sample_grads(
         A function of the point. Its `Covector` has one batch axis, the samples in the order of the data; their mean is
         ``geoad.grad(geo.loss(loss_fn, data))(p)`` for a mean over samples, their second moment the empirical Fisher.
 
+    Raises:
+        GeometryError: gradients that are not finite, targets that the loss does not take or of another number of samples, and
+            samples that depend on each other.
+
     Each ℓ_n is the loss on a batch that holds this sample alone. The gradients of layers that the tap covers are outer
     products of what goes in and what comes back; all others come from the same backward pass.
 
