@@ -105,6 +105,7 @@ BY_INPUTS: dict[str, Call] = {
         .ravel()
     ),
     "FunctionSpace, pull": pulled,
+    "FunctionSpace, matrix": lambda geo, data, loss: geoad.FunctionSpace(geo, data).jacobian(geo.point()).data,
 }
 LABELLED = {**BY_LOSS, **BY_LABELS}
 CALLS = {**LABELLED, **BY_LIKELIHOOD, **BY_INPUTS}

@@ -90,6 +90,7 @@ class Derivative:
             for name, columns in offsets.items():
                 found[start : start + rows.samples, :, columns] = rows.explicit(name).to(found.dtype)
             start += rows.samples
+        self._looks[0]({}, {"": found})
         return found.flatten(0, 1)
 
     def rows(self, beside: Numbers | None = None) -> Iterator[Rows]:

@@ -59,9 +59,7 @@ class FirstLook:
 
     def __call__(self, argument: Blocks, product: Blocks) -> None:
         """Look, unless that was done before; inside of transforms nothing can be seen."""
-        if self.done or not at_top_level():
-            return
-        if is_wrapped(product):
+        if self.done or torch.compiler.is_compiling() or not at_top_level() or is_wrapped(product):
             return
         found = list(product.values())
         if not _at_a_glance(found) and not bool(all_finite(found)):
