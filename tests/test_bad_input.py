@@ -530,6 +530,26 @@ def test_a_ragged_last_batch_of_one(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+# -- products of several dtypes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("representation", ["implicit", "dense", "diagonal", "kfac", "ekfac", "low_rank"])
+def test_arguments_of_another_precision(representation: str) -> None:
+    """They are taken where torch takes them, and refused by name elsewhere."""
+    geo = geoad.GeoModule(network())
+    p = geo.point()
+    G = Fisher(geo, X, representation=representation)(p)
+    v = geo.reference.vector({name: b.float() for name, b in p.blocks.items()}, at=p)
+    w = geo.reference.covector({name: b.float() for name, b in p.blocks.items()}, at=p)
+    for call in (lambda: G.mv(v), lambda: G(v, v), lambda: G.solve(w, damping=0.1)):
+        try:
+            found = call()
+        except GeometryError as error:
+            assert "torch.float64 and torch.float32" in str(error) and ".to(torch.float64)" in str(error)
+        else:
+            assert bool(found.isfinite().all())
+
+
 # -- solving, averages -------------------------------------------------------------------------------------------------------
 
 

@@ -119,13 +119,17 @@ class _Where:
         self.layer: nn.Module | None = None
         self.net: nn.Module | None = None
         self.given: Any = None
-        last, trace = "torch", error.__traceback__  # an error without frames of others is of a function in C
+        last, entered = "torch", False  # an error without frames of others is of a function in C
+        trace = error.__traceback__
         while trace is not None:
             frame = trace.tb_frame
             name = str(frame.f_globals.get("__name__", ""))
             module = frame.f_locals.get("self")
-            if not name.startswith("geoad."):
-                last = name
+            if name.startswith("geoad."):
+                if entered:  # a mode through which an operation goes
+                    break
+            elif name.startswith("torch.nn.") or name.partition(".")[0] != "torch":
+                last, entered = name, True
                 if isinstance(module, nn.Module):
                     self.net = self.net or module
                     if type(module).__module__.startswith("torch.nn."):
@@ -133,14 +137,16 @@ class _Where:
                         if frame.f_code.co_name == "forward":
                             self.given = frame.f_locals.get("input", frame.f_locals.get("query"))
             trace = trace.tb_next
-        self.in_torch = last.split(".")[0] == "torch"
+        self.in_torch = last.partition(".")[0] == "torch"
 
     def __str__(self) -> str:
         if self.net is None or self.layer is None or self.layer is self.net:
             return ""
         path = next((path for path, each in self.net.named_modules() if each is self.layer), "")
         given = f", which was given {_described(self.given)}" if isinstance(self.given, Tensor) else ""
-        return f"in module '{path}', {self.layer!r}{given}: " if len(repr(self.layer)) < 200 else f"in module '{path}': "
+        named = repr(self.layer)
+        named = named if len(named) < 200 and "\n" not in named else f"a {type(self.layer).__name__}"
+        return f"in module '{path}', {named}{given}: "
 
 
 def _indices(where: _Where) -> str:
