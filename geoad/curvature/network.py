@@ -24,7 +24,7 @@ from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 from geoad.kernels.memory import bytes_of
 from geoad.kernels.spread import Exchange
-from geoad.params import Blocks, is_wrapped
+from geoad.params import Blocks, is_traced, is_wrapped
 
 if TYPE_CHECKING:
     from geoad.curvature.likelihoods import Likelihood
@@ -120,7 +120,7 @@ class NetworkCurvature(OutputCurvature):
                 f"the likelihood needs the outputs as one tensor (n, ..., c), the network returned {type(outputs).__name__}. "
                 "Say which part parametrises the likelihood: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
             )
-        if outputs.ndim > 1:
+        if outputs.ndim > 1 and not is_traced():
             self.batches.require_meant(outputs, lambda y: self.likelihood.takes(outputs, y))
         if self.select is not None:
             outputs = _selected(self.select, outputs)
