@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoad.errors import GeometryError
+from geoad.kernels.finite import how_many
 from geoad.kernels.spread import Exchange
 from geoad.kernels.stamps import Same, depend
+from geoad.params import Blocks
 
-__all__ = ["Batches", "batch_size", "require_match", "split_batch", "take", "without_targets"]
+__all__ = ["Batches", "batch_size", "refuse_spoilt", "require_match", "split_batch", "spoilt_by", "take", "without_targets"]
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 
@@ -23,14 +25,19 @@ class Batches:
 
     Accepted: one batch, that is ``(x, y)``, ``(x, None)``, a tensor or a mapping; a sequence of batches; a ``DataLoader`` or
     any other iterable that can be started again. One-shot iterators are refused, for a derivative goes through the data more
-    than once. A list ``[x, y]``, as a ``DataLoader`` yields it, is one batch if x and y differ in dtype or in the shape of a
-    sample, and two batches of inputs otherwise.
+    than once. A tuple (x, y) of two tensors is always one batch, also if y is a tuple of several targets. A list ``[x, y]``, as
+    a ``DataLoader`` yields it, is one batch if x and y differ in dtype or in the shape of a sample, and two batches of inputs
+    otherwise; ``[(x1, None), (x2, None)]`` are two batches of inputs whatever their shapes. Tensors of several kinds in a
+    longer list are no batches of one data set and are refused: several inputs form one batch as ``((x1, x2), y)``.
 
     Attributes:
         exchange: where the sums over the batches are completed, if other processes have batches too; see `geoad.distributed`.
+        pair: two tensors that might be inputs with targets as well as two batches of inputs, and whether they were read as one
+            batch; see `require_meant`.
     """
 
     exchange: Exchange | None = None
+    pair: tuple[Tensor, Tensor, bool] | None = None
 
     def __init__(self, data: Any) -> None:
         if isinstance(data, Batches) and data.exchange is not None:
@@ -49,7 +56,10 @@ class Batches:
                 f"the data are a {type(data).__name__}, which yields single samples. Losses and curvatures need batches; wrap "
                 "it in a torch.utils.data.DataLoader(dataset, batch_size=...)."
             )
+        _require_tensors(data)
         self._source: Iterable[Any] = [data] if _is_batch(data) else cast("Iterable[Any]", data)
+        alike = _pair(data)
+        self.pair = None if alike is None else (*alike, _is_batch(data))
         if not isinstance(self._source, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise GeometryError(
                 f"data must be (x, y), a mapping, a list of batches or a DataLoader, found {type(data).__name__}. Each batch "
@@ -90,6 +100,31 @@ class Batches:
                 "every time."
             )
 
+    def require_meant(self, outputs: Tensor, are_targets: Callable[[Tensor], bool | None]) -> None:
+        """Refuse two tensors that were read as one batch, or as two, where the outputs of a network speak against it.
+
+        Args:
+            outputs: those of some samples, (n, ..., c).
+            are_targets: whether a tensor (n, ...) has the form of targets for them; None: that cannot be said.
+        """
+        if self.pair is None:
+            return
+        x, y, together = self.pair
+        alike, fit = x.shape == y.shape, are_targets(y[:1].expand(outputs.shape[0], *y.shape[1:]))
+        shape = ", ".join(map(str, outputs.shape[1:]))
+        found = f"two tensors, {x.dtype} of shapes {tuple(x.shape)} and {tuple(y.shape)}, for outputs of shape (n, {shape})"
+        if together and fit is False and (alike or not x.is_floating_point()):
+            raise GeometryError(
+                f"the data are {found}. They are read as inputs and targets, and the second has the form of inputs, not of "
+                "targets: the result would be that of the first one alone. Pass two batches of inputs as [(x1, None), (x2, "
+                "None)], or torch.cat([x1, x2])."
+            )
+        if not together and fit is True and alike:
+            raise GeometryError(
+                f"the data are a list of {found}. They may be inputs with their targets, or two batches of inputs, which gives "
+                "another result. Pass a tuple (x, y) for the one, [(x1, None), (x2, None)] for the other."
+            )
+
     @property
     def lasting(self) -> bool:
         """The batches are the same tensors in every pass; a loader makes them anew, perhaps in another order."""
@@ -128,11 +163,44 @@ def _is_batch(data: Any) -> bool:
     if not isinstance(data, (tuple, list)) or len(cast("Sequence[Any]", data)) != 2:
         return False
     first, second = cast("Sequence[Any]", data)
+    if isinstance(first, (Tensor, Mapping)) and isinstance(second, (tuple, list)):
+        return True  # several targets
     if isinstance(data, tuple):
         return second is None or isinstance(second, (Tensor, Mapping))
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)) or first.ndim == 0 or second.ndim == 0:
         return False
     return len(first) == len(second) and (first.dtype != second.dtype or first.shape != second.shape)
+
+
+def _pair(data: Any) -> tuple[Tensor, Tensor] | None:
+    """Two tensors of one dtype, with as many samples and as many axes."""
+    if not isinstance(data, (tuple, list)) or len(cast("Sequence[Any]", data)) != 2:
+        return None
+    x, y = cast("Sequence[Any]", data)
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.ndim == 0:
+        return None
+    return (x, y) if x.dtype == y.dtype and x.ndim == y.ndim and len(x) == len(y) else None
+
+
+def _require_tensors(data: Any) -> None:
+    """Refuse arrays and lists of numbers in the place of tensors, and tensors of several kinds in a list of batches."""
+    parts = list(cast("Sequence[Any]", data)) if isinstance(data, (tuple, list)) else [data]
+    what = ("inputs", "targets") if len(parts) == 2 and isinstance(parts[0], (Tensor, Mapping)) else ("inputs",)
+    for name, part in zip(what, parts, strict=False):
+        numbers = isinstance(part, (tuple, list)) and name == "targets" and next(_tensors(part), None) is None
+        if numbers or (hasattr(part, "__array__") and not isinstance(part, Tensor)):
+            raise GeometryError(
+                f"the {name} are a {type(part).__name__}, and derivatives are taken of tensors. Make one of it: "
+                "torch.as_tensor(...), of the dtype of the network, or of integers for labels."
+            )
+    if len(parts) > 1 and all(isinstance(part, Tensor) for part in parts) and not _is_batch(data):
+        kinds = {f"{part.dtype}, {part.ndim} axes" for part in parts}
+        if len(kinds) > 1:
+            raise GeometryError(
+                f"the data are {len(parts)} tensors of several kinds ({'; '.join(sorted(kinds))}) with "
+                f"{sorted({len(part) if part.ndim else 0 for part in parts})} samples, which are no batches of one data set. "
+                "Inputs and targets of one batch have the same length, (x, y); several inputs are a tuple, ((x1, x2), y)."
+            )
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -238,6 +306,31 @@ def require_match(data: Any, others: Any, what: str, error: Exception, *, like: 
             f"{what} are {_words({str(each.dtype) for each in mine})}, {like} {_words(wanted)}, and the evaluation failed "
             f"({error}). If they are no indices, convert them: x.to({min(wanted)})."
         ) from error
+
+
+def spoilt_by(x: Blocks, batches: Batches, *, targets: bool = True) -> str:
+    """Which parameters or which data are not finite, for messages; empty if all are finite."""
+    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
+    if bad:
+        return f"the parameters {bad} hold such numbers"
+    for i, (inputs, given) in enumerate(batches):
+        for what, tree in (("inputs", inputs), ("targets", given if targets else None)):
+            found = (how_many(each) for each in _tensors(tree) if each.is_floating_point() and each.device.type != "meta")
+            for words in filter(None, found):
+                return f"the {what} of batch {i} hold {words}"
+    return ""
+
+
+def refuse_spoilt(what: str, x: Blocks, *data: Batches, targets: bool = True) -> NoReturn:
+    """Raise for an object that is not finite, though the network's outputs are."""
+    why = next(filter(None, (spoilt_by(x, each, targets=targets) for each in data)), "") or (
+        "the parameters and the data are finite, so a derivative of the network (or a curvature of the likelihood) is not: a "
+        "root or a norm at 0, or numbers too large for their precision"
+    )
+    raise GeometryError(
+        f"{what} holds numbers that are not finite: {why}. What is made of it would be nan. Mend the data or the network "
+        "there, go back to a finite point, or use float64."
+    )
 
 
 def _words(kinds: set[str]) -> str:

@@ -183,7 +183,7 @@ def test_mismatch_of_dtype_or_device(geo: geoad.GeoModule) -> None:
         geoad.grad(geo.loss(F.cross_entropy, (X.float(), Y)))(p)
     with pytest.raises(GeometryError, match=r"targets are on meta, the outputs on cpu"):
         geo.loss(F.cross_entropy, (X, Y.to("meta")))(p)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(GeometryError, match=r"inputs float64 of shape \(11, 2\): in module '0'.*shapes cannot be multiplied"):
         geo.loss(F.cross_entropy, (X[:, :2], Y))(p)
 
 

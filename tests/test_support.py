@@ -516,9 +516,21 @@ def test_a_loss_without_second_derivatives_is_named_too() -> None:
 
 
 def test_errors_of_the_user_are_not_hidden() -> None:
+    def refuse(net: Any, x: Tensor) -> Tensor:
+        raise ValueError("no such thing")
+
+    for net, error, words in (
+        (Custom(refuse), ValueError, "no such thing"),
+        (Custom(lambda net, x: net.head(net.body(x @ X))), RuntimeError, "shapes cannot be multiplied"),
+    ):
+        geo = geoad.GeoModule(net)
+        with pytest.raises(error, match=words) as found:
+            geoad.grad(loss(geo))(geo.point())
+        assert any("the first axis counts the samples" in note for note in found.value.__notes__)
     geo = geoad.GeoModule(nn.Linear(3, 2))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(geoad.GeometryError, match=r"shapes cannot be multiplied.*A single sample is a batch of one") as found:
         geoad.grad(geo.loss(functional.cross_entropy, (X[:, :2], Y)))(geo.point())
+    assert type(found.value.__cause__) is RuntimeError
 
 
 def test_inside_other_transforms_nothing_is_cut() -> None:

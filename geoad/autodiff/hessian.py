@@ -11,10 +11,11 @@ from torch import Tensor
 from geoad import operators as ops
 from geoad.charts import Point, flat_reference, same_manifold, station
 from geoad.connection.products import contracted
-from geoad.errors import ChartMismatchError, VarianceError
+from geoad.errors import ChartMismatchError, GeometryError, VarianceError
 from geoad.fields.metric import FormField, over_points, require_connection
-from geoad.fields.scalar import ScalarField, require_point
+from geoad.fields.scalar import ScalarField, require_point, spoilt
 from geoad.kernels import derivatives
+from geoad.kernels.finite import FirstLook
 from geoad.kernels.linear import Repeated
 from geoad.metrics import Euclidean
 from geoad.params import Blocks, scale
@@ -29,6 +30,16 @@ def _terms(field: ScalarField, x: Blocks) -> Iterator[Callable[[Blocks], Blocks]
         yield functools.partial(derivatives.hessian_product, [part], x)
 
 
+def _refuse_spoilt(field: ScalarField, x: Blocks) -> None:
+    """Raise if data or parameters are the reason for a product that is not finite."""
+    why = spoilt(field.source, x)
+    if why:
+        raise GeometryError(
+            f"a product with the Hessian of a loss is not finite: {why}. All products there would hold nan. Mend the data, or "
+            "go back to a finite point."
+        )
+
+
 class HessianOperator(ops.Implicit):
     """∂²L at a point, in a chart where the connection vanishes.
 
@@ -40,9 +51,12 @@ class HessianOperator(ops.Implicit):
         super().__init__(field.home.layout, x, symmetric=True)
         self.field = field
         self.products = Repeated(functools.partial(_terms, field, x))
+        self.look = FirstLook(functools.partial(_refuse_spoilt, field, x))
 
     def mv(self, v: Blocks) -> Blocks:
-        return self.products.batched(v, len(self.layout.batch_shape(v)))
+        product = self.products.batched(v, len(self.layout.batch_shape(v)))
+        self.look(v, product)
+        return product
 
 
 class RiemannianHessianOperator(HessianOperator):

@@ -32,6 +32,10 @@ def hessian(fn: Any, metric: FormField | None = None, argnums: int = 0, has_aux:
         argnums: which argument of a drop-in callable.
         has_aux: the callable returns (value, aux).
 
+    Raises:
+        GeometryError: a product with the Hessian of a loss (``geo.loss``) is not finite, because of data, parameters or the
+            loss. A function of your own may be infinite.
+
     Source: Kristiadi et al. (2023), eq. (6).
 
     >>> import torch, geoad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,11 @@ from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
 from geoad.errors import GeometryError, StructureNotPreservedError
 from geoad.kernels.conditions import together
+from geoad.kernels.finite import all_finite
+from geoad.kernels.ladder import at_top_level
 from geoad.kernels.spread import digest
-from geoad.operators import LinearOperator
-from geoad.params import Blocks, first
+from geoad.operators import LinearOperator, numbers
+from geoad.params import Blocks, first, is_wrapped
 
 if TYPE_CHECKING:
     from geoad.curvature.network import NetworkCurvature
@@ -55,15 +58,25 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
         active = [each for each in found if each.stages > stage]
         if exchange is not None:
             combine(active, exchange, call)
+        _require_finite(field, x, [told for each in active for told in each.telling()])
         waiting = [each for each in active if not each.finished()]
     if log is not None:
         log.finish()
     parts: dict[tuple[str, ...], LinearOperator] = {}
     for each in found:
         parts |= each.parts()
-    if set(parts) == {layout.names} and not isinstance(structure, (BlockDiagonal, KFAC, Mixed)):
-        return parts[layout.names]
-    return ops.BlockDiagonal(layout, parts)
+    single = set(parts) == {layout.names} and not isinstance(structure, (BlockDiagonal, KFAC, Mixed))
+    result = parts[layout.names] if single else ops.BlockDiagonal(layout, parts)
+    # Σ r rᵀ is finite if its diagonal is; a sum that overflows is looked at once more
+    _require_finite(field, x, [ops.trace(result)], numbers.flatten(result)[0])
+    return result
+
+
+def _require_finite(field: NetworkCurvature, x: Blocks, telling: list[Tensor], all_of_it: Sequence[Tensor] = ()) -> None:
+    """Refuse what is not finite, as the same numbers in all processes tell."""
+    readable = bool(telling) and at_top_level() and not is_wrapped(x)
+    if readable and not bool(all_finite(telling)) and not (all_of_it and bool(all_finite(all_of_it))):
+        field.refuse_spoilt(x)
 
 
 def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: Journal | None, chunks: Chunks | None) -> None:

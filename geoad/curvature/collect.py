@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import singledispatch
 
 import torch
@@ -82,6 +83,10 @@ class Collector(ABC):
     def numbers_of_a_sample(self, rows: Rows) -> int:
         """How many numbers `add` needs for each sample beside the rows."""
         return 0
+
+    def telling(self) -> Iterable[Tensor]:
+        """Numbers to be looked at before more is made of what was taken in this stage (no eigenvectors of nan)."""
+        return ()
 
     def finished(self) -> bool:
         """After a sweep: no other one is needed."""
@@ -201,6 +206,9 @@ class _Columns(Collector):
         self.rows = [{name: state[name] for name in self.layout}]
         self.signs = [state[_SIGNS]]
         self.taken = len(state[_SIGNS]) * self.layout.dim * self.task.like.element_size()
+
+    def telling(self) -> Iterable[Tensor]:
+        return (block for each in self.rows for block in each.values()) if self.rank is not None else ()
 
     def parts(self) -> Parts:
         dtype = self.task.like.dtype

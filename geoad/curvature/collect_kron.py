@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 from torch import Tensor
@@ -86,6 +87,9 @@ class _EigenFactors(_Factors):
             super().load(state)
         else:
             self.diagonal.load(state)
+
+    def telling(self) -> Iterable[Tensor]:
+        return self.state().values() if self.bases is None else ()
 
     def finished(self) -> bool:
         if self.bases is not None:

@@ -73,6 +73,10 @@ class Fisher(NetworkCurvature):
             of its inputs has changed since. Offered for "diagonal", where it pays if values are asked for thousands of times
             (see docs/how-to/curvature.md). What cannot be compiled raises.
 
+    Raises:
+        GeometryError: data that do not fit the network or the likelihood, labels that do not exist; outputs, products or a
+            stored value that are not finite. Nothing is changed by the attempt.
+
     It is semidefinite: ``sharp`` and ``solve`` raise `SingularMetricError` unless it is damped, e.g.
     ``Fisher(...) + 1e-3 * Euclidean(geo.reference)``, exactly and in the structure of the representation.
 
@@ -132,6 +136,7 @@ class Fisher(NetworkCurvature):
         self.signed = kind == "exact" and not getattr(self.likelihood, "positive", True)
         self.value_class = Form if self.signed else Metric
         self.needs_outputs = kind == "mc"
+        self.uses_targets = kind in ("empirical", "covariance")
         self.drawn: list[Tensor] | None = None
         self.resample()
 

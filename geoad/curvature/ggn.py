@@ -35,6 +35,9 @@ class GGN(NetworkCurvature):
         loss: the same; says what is meant where it is no likelihood.
         chart, representation, reduction, outputs, max_memory, progress, compile: as for `geoad.curvature.Fisher`.
 
+    Raises:
+        GeometryError: as for `geoad.curvature.Fisher`.
+
     Averaged over the samples, as the Fisher matrix. A loss of torch is taken as it is: the mean of ``F.mse_loss`` also runs
     over the c outputs, so that its matrix is 2/c times that of "gaussian"; ``torch.nn.MSELoss(reduction="sum")`` adds them up,
     and its matrix is twice that of "gaussian".

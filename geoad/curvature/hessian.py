@@ -15,6 +15,7 @@ from geoad.curvature.impose import impose
 from geoad.curvature.representations import Implicit, representation_of
 from geoad.errors import GeometryError
 from geoad.fields import FormField, ScalarField
+from geoad.fields.scalar import spoilt
 from geoad.params import Blocks, is_wrapped
 from geoad.tensors import Form
 
@@ -39,6 +40,9 @@ class Hessian(FormField):
             "diagonal". There is no KFAC of a Hessian: see `geoad.curvature.GGN`.
         reduction: "mean" or "sum" over the samples.
         metric: whose connection is used. Default: the flat one of the reference chart.
+
+    Raises:
+        GeometryError: a product, or a stored value, of a loss is not finite, because of data, parameters or the loss.
 
     >>> import torch, geoad
     >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
@@ -79,23 +83,22 @@ class Hessian(FormField):
             )
         found = impose(self.structure, op)
         if not isinstance(self.structure, Implicit) and not bool(ops.trace(found).isfinite().all()):
-            raise GeometryError(_not_finite(x))
+            raise GeometryError(self._not_finite(Point(self.home, x)))
         return found
+
+    def _not_finite(self, p: Point) -> str:
+        field, _ = self.forms.local(p)
+        why = spoilt(field.source, p.to(field.home).blocks) or "look at the function: it has no second derivative there"
+        return (
+            f"the Hessian of the loss holds numbers that are not finite ({why}): it would be nan in every product. Mend the "
+            "data or go back to a finite point."
+        )
 
     def to_representation(self, representation: Any) -> Hessian:
         """The same field in another representation."""
         twin = copy.copy(self)
         twin.structure = representation_of(representation)
         return twin
-
-
-def _not_finite(x: Blocks) -> str:
-    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
-    cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data and the loss"
-    return (
-        f"the Hessian of the loss holds numbers that are not finite ({cause}): it would be nan in every product. Mend the data "
-        "or go back to a finite point."
-    )
 
 
 def _loss(geo: GeoModule, data: Any, loss: Callable[..., Tensor] | None, reduction: str) -> ScalarField:

@@ -97,6 +97,9 @@ def _in_groups(groups: list[tuple[tuple[str, ...], Representation]], op: LinearO
     parts: dict[tuple[str, ...], LinearOperator] = {}
     for names, representation in groups:
         layout = Layout({name: op.layout[name] for name in names})
+        if not layout.dim:  # LAPACK takes no matrices without numbers
+            parts[names] = ops.Diagonal(layout, {name: op.like.new_zeros(shape) for name, shape in layout.items()})
+            continue
         part = ops.Dense(layout, _block(op, names), symmetric=True)
         parts[names] = part if isinstance(representation, Dense) else impose(representation, part)
     return ops.BlockDiagonal(op.layout, parts)
@@ -107,6 +110,8 @@ def _block(op: LinearOperator, names: tuple[str, ...]) -> Tensor:
     layout = Layout({name: op.layout[name] for name in names})
     ops.require_small(ops.Multiple(layout, op.like.new_ones(())), f"the block {names}")
     like = op.like
+    if not layout.dim:
+        return like.new_zeros(0, 0)
     zeros = {name: like.new_zeros(shape) for name, shape in op.layout.items()}
 
     def column(row: Tensor) -> Tensor:

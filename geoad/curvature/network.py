@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
 from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans
-from geoad.data import Batches
+from geoad.data import Batches, refuse_spoilt, spoilt_by
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 from geoad.kernels.memory import bytes_of
 from geoad.kernels.spread import Exchange
-from geoad.params import Blocks, is_wrapped
+from geoad.params import Blocks, is_traced, is_wrapped
 
 if TYPE_CHECKING:
     from geoad.curvature.likelihoods import Likelihood
@@ -120,6 +120,8 @@ class NetworkCurvature(OutputCurvature):
                 f"the likelihood needs the outputs as one tensor (n, ..., c), the network returned {type(outputs).__name__}. "
                 "Say which part parametrises the likelihood: GeoModule(net, forward=lambda net, batch: net(**batch).logits)."
             )
+        if outputs.ndim > 1 and not is_traced():
+            self.batches.require_meant(outputs, lambda y: self.likelihood.takes(outputs, y))
         if self.select is not None:
             outputs = _selected(self.select, outputs)
         self.likelihood.check(outputs)
@@ -132,7 +134,11 @@ class NetworkCurvature(OutputCurvature):
     def inspect(self, outputs: Tensor, x: Blocks) -> None:
         """Refuse outputs that are not finite, where values can be read."""
         if not is_wrapped({"outputs": outputs}) and not holds(outputs.isfinite().all()):
-            raise GeometryError(_not_finite(type(self).__name__, outputs, x))
+            raise GeometryError(_not_finite(type(self).__name__, outputs, spoilt_by(x, self.batches, targets=False)))
+
+    def refuse_spoilt(self, x: Blocks) -> NoReturn:
+        """Refuse a matrix that is not finite, though the outputs are."""
+        refuse_spoilt(f"a {type(self).__name__} matrix", x, self.batches, targets=self.uses_targets)
 
     @property
     def weight(self) -> float:
@@ -159,6 +165,9 @@ class NetworkCurvature(OutputCurvature):
 
     needs_outputs: bool = False
     """`labels` looks at the outputs."""
+
+    uses_targets: bool = True
+    """A depends on the targets."""
 
     signed: bool = False
     """A may be indefinite."""
@@ -240,9 +249,8 @@ def require_as_many(targets: Any, size: int) -> None:
         )
 
 
-def _not_finite(what: str, outputs: Tensor, x: Blocks) -> str:
-    bad = [name for name, block in x.items() if not bool(block.isfinite().all())]
-    cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
+def _not_finite(what: str, outputs: Tensor, why: str) -> str:
+    cause = why or "the parameters and the data are finite, so the network divides by zero, or runs out of range"
     return (
         f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not finite "
         f"({cause}). A {what} matrix there would be nan throughout; mend the data or go back to a finite point. Classes "

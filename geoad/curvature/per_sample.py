@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from geoad.charts import Point
+from geoad.curvature.network import require_as_many
 from geoad.curvature.sweep import Batch, Plans, sweep
+from geoad.data import refuse_spoilt
 from geoad.errors import GeometryError
 from geoad.fields.scalar import ScalarField, require_point
+from geoad.kernels.finite import all_finite
+from geoad.kernels.ladder import at_top_level
 from geoad.kernels.memory import bytes_of
 from geoad.kernels.rows import Rows
 from geoad.module.sources import LossSource
-from geoad.params import Blocks, Layout, first
+from geoad.params import Blocks, Layout, first, is_wrapped
 from geoad.tensors import Covector
 
 if TYPE_CHECKING:
@@ -44,6 +48,10 @@ def per_sample_grads(
     Returns:
         A function of the point. Its `Covector` has one batch axis, the samples in the order of the data; their mean is
         ``geoad.grad(geo.loss(loss_fn, data))(p)`` for a mean over samples, their second moment the empirical Fisher.
+
+    Raises:
+        GeometryError: gradients that are not finite, targets that the loss does not take or of another number of samples, and
+            samples that depend on each other.
 
     Each ℓ_n is the loss on a batch that holds this sample alone. The gradients of layers that the tap covers are outer
     products of what goes in and what comes back; all others come from the same backward pass.
@@ -95,36 +103,53 @@ class _PerSample:
     def batches(self) -> Iterator[Batch]:
         """Inputs and targets of a sample belong together."""
         for size, inputs, targets in self.source.batches.sized():
+            require_as_many(targets, size)
             yield Batch(size, (inputs, targets), None)
 
     def gradients(self, x: Blocks) -> Blocks:
         """(N, *shape) for each block."""
         total = self.source.batches.own
         result = Layout({name: block.shape for name, block in x.items()}).rows(total, first(x))
+        written = _Written(result, at_top_level() and not is_wrapped(x))
         sweep(
             Plans(self.outputs, x, tried=False),
             self.batches(),
             lambda outputs, _: (torch.ones_like(outputs).unsqueeze(0), None),
-            [_Written(result)],
+            [written],
             max_memory=self.max_memory,
             most=2048,
             progress=self.progress,
             total=total,
         )
+        if not written.finite() and not bool(all_finite(result.values())):
+            refuse_spoilt("a gradient of a single sample", x, self.source.batches)
         return result
 
 
 class _Written:
-    """The rows of single seeds, written down one after another."""
+    """The rows of single seeds, written down one after another.
 
-    def __init__(self, result: Blocks) -> None:
+    Args:
+        result: where they are written.
+        looks: what they are products of is summed up, to see whether it is finite.
+    """
+
+    def __init__(self, result: Blocks, looks: bool) -> None:
         self.result, self.place = result, 0
+        self.sums: list[Tensor] | None = [] if looks else None
 
     def add(self, rows: Rows, signs: Tensor | None) -> None:
         """Write the rows to the next places."""
         stop = self.place + rows.samples
         rows.write(self.result, slice(self.place, stop))
         self.place = stop
+        if self.sums is not None:
+            parts = [part for each in rows.uses for part in (each.a, *each.back)] + list(rows.others.values())
+            self.sums += [part.detach().sum() for part in parts if part.is_floating_point()]
+
+    def finite(self) -> bool:
+        """All is finite, for the sums are; False also where these overflow. The device is waited for once."""
+        return not self.sums or bool(torch.stack([each.float() for each in self.sums]).isfinite().all())
 
     def numbers_of_a_sample(self, rows: Rows) -> int:
         """The rows, once more."""

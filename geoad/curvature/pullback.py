@@ -16,6 +16,7 @@ from geoad.errors import UnsupportedModuleError
 from geoad.fields import MetricField, Transition
 from geoad.kernels import products
 from geoad.kernels.conditions import together
+from geoad.kernels.finite import FirstLook
 from geoad.kernels.linear import MAX_MEMORY, Repeated
 from geoad.kernels.spread import Exchange, fingerprint, spread, total
 from geoad.params import Blocks, axpy, scale
@@ -63,6 +64,9 @@ class OutputCurvature(MetricField):
 
     def inspect(self, outputs: Tensor, x: Blocks) -> None:
         """Hook: refuse outputs at the point `x` for which the curvature has no value."""
+
+    def refuse_spoilt(self, x: Blocks) -> None:
+        """Hook: refuse a product at the point `x` that is not finite."""
 
     def parts(self) -> Iterable[Part]:
         """The parts, with outputs as functions of the blocks of ``home``."""
@@ -130,10 +134,15 @@ class CurvatureOperator(ops.Implicit):
         super().__init__(field.home.layout, x, symmetric=True)
         self.field = field
         self.products = Repeated(functools.partial(field.terms, x), field.products_memory)
+        self.look = FirstLook(functools.partial(field.refuse_spoilt, x))
 
     def mv(self, v: Blocks) -> Blocks:
-        axes = len(self.layout.batch_shape(v))
-        return self.field.shared("product", lambda v: self.products.batched(v, axes), v)
+        return self.field.shared("product", self._own_product, v)
+
+    def _own_product(self, v: Blocks) -> Blocks:
+        product = self.products.batched(v, len(self.layout.batch_shape(v)))
+        self.look(v, product)
+        return product
 
 
 _by_products = ops.to_dense.dispatch(ops.Implicit)

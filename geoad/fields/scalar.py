@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from functools import singledispatch
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from geoad.kernels.ladder import visit
 from geoad.params import Blocks
 from geoad.tensors.base import is_scalar
 
-__all__ = ["ScalarField", "Source", "apart", "require_point"]
+__all__ = ["ScalarField", "Source", "apart", "require_point", "spoilt"]
 
 
 class Source(Protocol):
@@ -92,6 +93,30 @@ class _Combined:
 
     def parts(self) -> Iterable[Part]:
         return [(1.0, self._evaluate)]
+
+
+@singledispatch
+def spoilt(source: Any, x: Blocks) -> str:
+    """Why second derivatives of a source at `x` are not finite, where that is a fault of data or parameters; else empty.
+
+    A function of one's own may well be infinite somewhere; only a loss over data knows what is wrong with it.
+    """
+    return ""
+
+
+@spoilt.register
+def _(source: _Moved, x: Blocks) -> str:
+    return spoilt(source.source, source.transition(x))
+
+
+@spoilt.register
+def _(source: _Linear, x: Blocks) -> str:
+    return next(filter(None, (spoilt(each, x) for _, each in source.terms)), "")
+
+
+@spoilt.register
+def _(source: _Combined, x: Blocks) -> str:
+    return next(filter(None, (spoilt(each, x) for each in source.sources)), "")
 
 
 class ScalarField:

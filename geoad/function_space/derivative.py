@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 
 from geoad.curvature.sweep import Batch, Plans, Portion
-from geoad.data import Batches, take
-from geoad.errors import GeometryError
+from geoad.data import Batches, refuse_spoilt, take
 from geoad.kernels import products
+from geoad.kernels.finite import FirstLook
 from geoad.kernels.layered import Outputs, linearize
 from geoad.kernels.linear import Repeated
 from geoad.kernels.rows import Rows
 from geoad.params import Blocks, Layout, add, first
 
-__all__ = ["Derivative", "require_length", "rows_of"]
+__all__ = ["Derivative", "rows_of"]
 
 
 class _Part(NamedTuple):
@@ -46,6 +47,8 @@ class Derivative:
         self.outputs, self.batches, self.x, self.shape, self.max_memory = outputs, batches, x, shape, max_memory
         self.layout = Layout({name: block.shape for name, block in x.items()})
         self._kept: list[_Part] | None = None
+        blame = functools.partial(refuse_spoilt, "the derivative of the outputs", x, batches, targets=False)
+        self._looks = FirstLook(blame), FirstLook(blame)
 
     def _parts(self) -> Iterator[_Part]:
         if not self.batches.lasting:
@@ -59,7 +62,9 @@ class Derivative:
     def push(self, v: Blocks) -> Tensor:
         """J v, (*batch, N, ..., c)."""
         axes = len(self.layout.batch_shape(v))
-        return torch.cat([part.push.batched(v, axes) for part in self._parts()], axes)
+        pushed = torch.cat([part.push.batched(v, axes) for part in self._parts()], axes)
+        self._looks[0](v, {"": pushed})
+        return pushed
 
     def pull(self, u: Tensor) -> Blocks:
         """Jᵀ u for u (*batch, N, ..., c)."""
@@ -70,6 +75,7 @@ class Derivative:
             total = term if total is None else add(total, term)
             start += part.size
         assert total is not None
+        self._looks[1]({"": u}, total)
         return total
 
     def dense(self) -> Tensor:
@@ -84,6 +90,7 @@ class Derivative:
             for name, columns in offsets.items():
                 found[start : start + rows.samples, :, columns] = rows.explicit(name).to(found.dtype)
             start += rows.samples
+        self._looks[0]({}, {"": found})
         return found.flatten(0, 1)
 
     def rows(self, beside: Numbers | None = None) -> Iterator[Rows]:
@@ -148,13 +155,3 @@ def rows_of(
 
 
 _MOST = 1024
-
-
-def require_length(outputs: Tensor, size: int) -> None:
-    """Refuse outputs that do not have one entry of their first axis for each sample."""
-    if outputs.ndim == 0 or outputs.shape[0] != size:
-        raise GeometryError(
-            f"the network returned outputs of shape {tuple(outputs.shape)} for a batch of {size} samples. The outputs over "
-            "data form a space if the samples come first, (n, ..., c); move that axis: "
-            "GeoModule(net, forward=lambda net, x: net(x).movedim(1, 0))."
-        )

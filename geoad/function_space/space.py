@@ -13,14 +13,14 @@ from geoad.curvature.selection import selecting
 from geoad.data import Batches
 from geoad.errors import ChartMismatchError, GeometryError
 from geoad.fields import Transition
-from geoad.function_space.derivative import Derivative, require_length
+from geoad.function_space.derivative import Derivative
 from geoad.function_space.jacobian import Jacobian
 from geoad.function_space.metric import OutputMetric
 from geoad.kernels import products
 from geoad.kernels.layered import Outputs
 from geoad.kernels.memory import bytes_of
 from geoad.params import Blocks, is_wrapped
-from geoad.tangent.data import Data, space_of
+from geoad.tangent.data import Data, require_length, space_of
 from geoad.tensors import describe
 
 if TYPE_CHECKING:

@@ -37,6 +37,7 @@ __all__ = [
     "differentiated_twice",
     "failed_before",
     "forget_forward_mode",
+    "lacks_derivative",
     "one_by_one",
     "only_once",
     "refuse_second",
@@ -263,7 +264,7 @@ def _first_that_works(attempt: _Attempt, ways: Sequence[Way[T]]) -> T:
 def _give_up(attempt: _Attempt, last: RuntimeError) -> None:
     cause = attempt.cause or last
     tried = [cause, last, *attempt.errors]
-    lacking = next((error for error in (last, cause) if any(words in str(error) for words in _LACKING)), None)
+    lacking = next((error for error in (last, cause) if lacks_derivative(error)), None)
     if lacking is None or len(_local.stack) > 1 or not attempt.top:
         raise cause
     kind = _KINDS.get(attempt.path[-1], attempt.path[-1])
@@ -273,6 +274,11 @@ def _give_up(attempt: _Attempt, last: RuntimeError) -> None:
         f"{_first_line(lacking)}. No other way leads there (tried: {', '.join(attempt.names)}), and a part left out would be a "
         "zero in silence. Write that operation with others, or leave it out of the function; see docs/models.md."
     ) from lacking
+
+
+def lacks_derivative(error: Exception) -> bool:
+    """It says that torch lacks a derivative, or that a transform cannot go through an operation."""
+    return any(words in str(error) for words in _LACKING)
 
 
 def _where(error: RuntimeError) -> str:

@@ -16,6 +16,7 @@ from geoad.fields import ScalarField
 from geoad.kernels.ladder import visit
 from geoad.kernels.norms import spelled_out
 from geoad.module.coordinates import Coordinates
+from geoad.module.misfit import MISFITS, refuse_inputs
 from geoad.module.slots import Place, Selection, select
 from geoad.module.sources import LossSource, NetworkSource
 from geoad.module.state import KEY, Loading, note
@@ -197,18 +198,25 @@ class GeoModule(nn.Module):
         """The outputs on a batch of inputs, as a plain function of the reference coordinates (for kernels).
 
         In training mode buffers (running statistics) are not changed.
+
+        Raises:
+            GeometryError: the inputs are on another device, of another dtype or of other shapes than the layers of torch take.
         """
         try:
-            if self._forward_fn is not None:
-                return self.apply_network(theta, self._forward_fn, inputs)
-            if isinstance(inputs, Mapping):
-                given = cast("Mapping[str, Any]", inputs)
-                return self.apply_network(theta, _call_named, without_targets(given))
-            arguments = cast("tuple[Any, ...]", tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
-            return self.apply_network(theta, _call, *arguments)
-        except RuntimeError as error:
+            return self._evaluate(theta, inputs)
+        except MISFITS as error:
             require_match(inputs, theta, "the inputs", error)
+            refuse_inputs(self._evaluate, theta, inputs, error)
             raise
+
+    def _evaluate(self, theta: Blocks, inputs: Any) -> Any:
+        if self._forward_fn is not None:
+            return self.apply_network(theta, self._forward_fn, inputs)
+        if isinstance(inputs, Mapping):
+            given = cast("Mapping[str, Any]", inputs)
+            return self.apply_network(theta, _call_named, without_targets(given))
+        arguments = cast("tuple[Any, ...]", tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
+        return self.apply_network(theta, _call, *arguments)
 
     def apply_network(self, theta: Blocks, fn: Callable[..., Any], *args: Any) -> Any:
         """fn(net, *args) with the reference coordinates `theta` in the network.

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from geoad.charts import Chart
 from geoad.curvature.selection import Difference, Subset
-from geoad.data import Batches, batch_size, take
+from geoad.data import Batches, batch_size, spoilt_by, take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.kernel_gram import Features, Group, features
@@ -29,7 +29,7 @@ from geoad.params import Blocks, Layout, equal
 if TYPE_CHECKING:
     from geoad.module import GeoModule
 
-__all__ = ["Chunk", "Data", "Form", "space_of"]
+__all__ = ["Chunk", "Data", "Form", "require_length", "space_of"]
 
 Select = Callable[[Tensor], Tensor]
 
@@ -90,8 +90,11 @@ class Data:
     def values(self, theta: Blocks) -> Tensor:
         """f(θ), detached; outputs that are not finite are refused."""
         self.require_separate_samples()
+        parts: list[Tensor] = []
         with torch.no_grad():
-            parts = [self.evaluate(theta, inputs) for _, inputs, _ in self.batches.sized()]
+            for size, inputs, _ in self.batches.sized():
+                parts.append(self.evaluate(theta, inputs))
+                require_length(parts[-1], size)
         return self.joined(theta, parts).detach()
 
     def joined(self, theta: Blocks, parts: Sequence[Tensor]) -> Tensor:
@@ -99,8 +102,9 @@ class Data:
         _require_one_shape({part.shape[1:] for part in parts})
         outputs = torch.cat(list(parts))
         if not bool(outputs.isfinite().all()):
-            bad = [name for name, block in theta.items() if not bool(block.isfinite().all())]
-            cause = f"the parameters {bad} hold such numbers" if bad else "the parameters are finite, so look at the data"
+            cause = spoilt_by(theta, self.batches, targets=False) or (
+                "the parameters and the data are finite, so the network divides by zero, or runs out of range"
+            )
             raise GeometryError(
                 f"the network's outputs hold {int((~outputs.isfinite()).sum())} of {outputs.numel()} numbers that are not "
                 f"finite ({cause}). A tangent kernel there would be nan throughout; mend the data or go back to a finite point."
@@ -179,6 +183,16 @@ def _require_one_shape(shapes: set[torch.Size]) -> None:
         raise GeometryError(
             f"the outputs of different batches have the shapes {sorted(tuple(s) for s in shapes)} behind the sample axis, so "
             "they form no space. Pad the inputs to one length, or take one kernel for each length."
+        )
+
+
+def require_length(outputs: Tensor, size: int) -> None:
+    """Refuse outputs that do not have one entry of their first axis for each sample."""
+    if outputs.ndim == 0 or outputs.shape[0] != size:
+        raise GeometryError(
+            f"the network returned outputs of shape {tuple(outputs.shape)} for a batch of {size} samples. The outputs over "
+            "data form a space if the samples come first, (n, ..., c); move that axis: "
+            "GeoModule(net, forward=lambda net, x: net(x).movedim(1, 0))."
         )
 
 

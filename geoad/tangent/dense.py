@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geoad.curvature.sweep import progress_bar
-from geoad.errors import GeometryError
+from geoad.data import refuse_spoilt
 from geoad.kernels.kernel_gram import DifferentStructure, Features, Group, gram, mirror, squared_norms
 from geoad.kernels.memory import require_memory
 from geoad.params import Blocks, first
@@ -79,7 +79,7 @@ def _matrix(request: Request, theta: Blocks, structured: bool) -> tuple[Tensor, 
     assert total is not None
     if request.symmetric:
         mirror(total if total.ndim == 3 else total.view(total.shape[0] * total.shape[1], -1))
-    require_finite(_telling(total, request.symmetric))
+    _require_finite(_telling(total, request.symmetric), request, theta)
     shaped = total if total.ndim == 3 or request.contract == "none" else total[:, 0, :, 0]
     return shaped.to(first(theta).dtype), seen, columns.outputs()
 
@@ -92,14 +92,10 @@ def _telling(total: Tensor, symmetric: bool) -> Tensor:
     return square.diagonal(dim1=-2, dim2=-1)
 
 
-def require_finite(numbers: Tensor) -> None:
+def _require_finite(numbers: Tensor, request: Request, theta: Blocks) -> None:
     """Raise if some numbers that were made of a kernel are not finite."""
     if not bool(numbers.isfinite().all()):
-        raise GeometryError(
-            "the tangent kernel holds numbers that are not finite, though the outputs are finite: a derivative of the network "
-            "is infinite or nan (a root at 0?), or products of derivatives are too large for the precision. Mend the data or "
-            "the network there, scale the inputs, or use float64."
-        )
+        refuse_spoilt("the tangent kernel", theta, request.left.batches, request.right.batches, targets=False)
 
 
 def row_blocks(request: Request, theta: Blocks) -> Iterator[tuple[slice, Tensor]]:
@@ -120,7 +116,7 @@ def row_blocks(request: Request, theta: Blocks) -> Iterator[tuple[slice, Tensor]
                 break
             except DifferentStructure:
                 continue
-    require_finite(torch.stack(telling))
+    _require_finite(torch.stack(telling), request, theta)
 
 
 _PASSES = 4
@@ -158,8 +154,9 @@ def _rows(request: Request, theta: Blocks, columns: _Columns, chunk: Chunk) -> T
 def norms(request: Request, theta: Blocks) -> Tensor:
     """The diagonal of K, (n, K)."""
     form = Form(request.groups, "none", True, request.max_memory // 2)
-    found = [squared_norms(chunk.plain, chunk.dual) for chunk in chunks(request.left, theta, form)]
-    return torch.cat(found).to(first(theta).dtype)
+    found = torch.cat([squared_norms(chunk.plain, chunk.dual) for chunk in chunks(request.left, theta, form)])
+    _require_finite(found, request, theta)
+    return found.to(first(theta).dtype)
 
 
 class _Columns:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from geoad import operators as ops
 from geoad.charts import Point
+from geoad.data import refuse_spoilt
 from geoad.kernels import products
+from geoad.kernels.finite import FirstLook
 from geoad.kernels.linear import Repeated
 from geoad.params import Blocks, Layout, add
 from geoad.tangent.inverse import sharp_of
@@ -34,13 +36,17 @@ class KernelOperator(ops.Implicit):
         theta = p.to(field.geo.reference).blocks
         self.sharp = sharp_of(field.metric, p, field.geo.reference)
         self._batches = _batches(field, theta)
+        self._look = FirstLook(functools.partial(refuse_spoilt, "the tangent kernel", theta, field.left.batches, targets=False))
 
     def mv(self, v: Blocks) -> Blocks:
         u = v["f"]
         axes = u.ndim - len(self.layout["f"])
         if self.field.contract == "trace" and self.x["f"].ndim > 1:
-            return {"f": _summed(self._product, u, self.x["f"].shape[-1], axes)}
-        return {"f": self._product(u, axes)}
+            found = _summed(self._product, u, self.x["f"].shape[-1], axes)
+        else:
+            found = self._product(u, axes)
+        self._look(v, {"f": found})
+        return {"f": found}
 
     def _product(self, u: Tensor, axes: int) -> Tensor:
         total: Blocks | None = None

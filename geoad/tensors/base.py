@@ -13,7 +13,17 @@ from geoad.charts import Chart, Point, Reparametrization, same_manifold, same_po
 from geoad.errors import BasePointError, ChartMismatchError, GeometryError, VarianceError
 from geoad.tensors.methods import HANDLERS, Methods
 
-__all__ = ["HANDLERS", "Axis", "TensorType", "TypedTensor", "describe", "is_scalar", "plain_scalar", "require_same_place"]
+__all__ = [
+    "HANDLERS",
+    "Axis",
+    "TensorType",
+    "TypedTensor",
+    "describe",
+    "is_scalar",
+    "plain_scalar",
+    "require_same_numbers",
+    "require_same_place",
+]
 
 
 class TensorType(NamedTuple):
@@ -293,3 +303,17 @@ def require_same_place(a: TypedTensor, b: TypedTensor, operation: str) -> None:
             "are different spaces, and to identify them is a choice that depends on a chart or a connection. Say which: "
             "T.carry(to=p, chart=reference) keeps the components of that chart, geoad.parallel_transport uses a metric."
         )
+
+
+def require_same_numbers(a: TypedTensor, b: TypedTensor, operation: str, error: Exception) -> None:
+    """Raise a clear error if dtypes or devices explain why `operation` failed with `error`."""
+    if a.device != b.device:
+        found, remedy = f"{a.device} and {b.device}", f"T.to('{a.device}')"
+    elif a.dtype != b.dtype:
+        found, remedy = f"{a.dtype} and {b.dtype}", f"T.to({a.dtype})"
+    else:
+        return
+    raise GeometryError(
+        f"cannot {operation}: {describe(a)} and {describe(b)} hold numbers of {found}, and torch says: {error}. Convert one of "
+        f"them, for instance {remedy} for the second."
+    ) from error

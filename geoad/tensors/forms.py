@@ -13,7 +13,7 @@ from geoad.errors import GeometryError, SingularMetricError, VarianceError
 from geoad.operators import CG, LinearOperator
 from geoad.operators.eigen import order
 from geoad.params import is_wrapped
-from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, require_same_place
+from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, require_same_numbers, require_same_place
 from geoad.tensors.densities import Density, LogDensity
 from geoad.tensors.general import GeoTensor
 from geoad.tensors.pairing import evaluate
@@ -141,6 +141,9 @@ class Form(_Bilinear):
             solution = ops.solve(for_batch(form, right.blocks), right.blocks, positive=positive, method=method)
         except SingularMetricError as error:
             raise _below_a_map(error, form.home) from error
+        except RuntimeError as error:
+            require_same_numbers(self, w, "solve", error)
+            raise
         return Vector(form.home, solution, right.at).to(self.chart)
 
     def damped(self, damping: float | Tensor) -> Any:

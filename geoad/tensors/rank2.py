@@ -20,7 +20,7 @@ from geoad.charts import Chart, Point, same_space
 from geoad.errors import GeometryError, NotADiffeomorphismError, VarianceError
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, insert_axes, map_blocks
-from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, require_same_place
+from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, require_same_numbers, require_same_place
 from geoad.tensors.moved import Moved
 from geoad.tensors.rank1 import Covector, Rank1, Vector
 
@@ -173,6 +173,13 @@ class Rank2(TypedTensor):
             raise VarianceError(_wrong_argument(self, other))
         if self.at is not other.at:
             require_same_place(self, other, "contract")
+        try:
+            return self._applied(other)
+        except RuntimeError as error:
+            require_same_numbers(self, other, "contract", error)
+            raise
+
+    def _applied(self, other: Rank1) -> Any:
         result = Vector if self.ups[0] else Covector
         chart, home, op = self.chart, self.home, self.op
         if chart is home:

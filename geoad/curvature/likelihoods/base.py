@@ -120,6 +120,10 @@ class Likelihood(ABC):
                 "return what they were made of."
             )
 
+    def takes(self, outputs: Tensor, targets: Tensor) -> bool | None:
+        """Whether a tensor has the form of targets for these outputs; None: any form may be."""
+        return None
+
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         """Raise if the targets do not fit the outputs or this family. Values are looked at where they can be read."""
         self.check(outputs)
@@ -152,6 +156,9 @@ class RealTargets(Likelihood):
                 "e.g. y.unsqueeze(-1) or y.view_as(outputs)."
             )
         return targets.to(outputs.dtype)
+
+    def takes(self, outputs: Tensor, targets: Tensor) -> bool | None:
+        return targets.shape == outputs.shape and not targets.is_complex()
 
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)

@@ -118,6 +118,13 @@ class Categorical(Likelihood):
                 "softmax of one logit is 1 and its Fisher is zero. Use two outputs, or 'bernoulli' for one."
             )
 
+    def takes(self, outputs: Tensor, targets: Tensor) -> bool | None:
+        if targets.is_floating_point():
+            return targets.shape == outputs.shape
+        if not -outputs.ndim < self.axis < outputs.ndim:
+            return None
+        return targets.shape == outputs.movedim(self.axis, -1).shape[:-1]
+
     def check_targets(self, outputs: Tensor, targets: Any) -> None:
         super().check_targets(outputs, targets)
         self._require_kind(outputs, targets)

@@ -13,6 +13,7 @@ from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.conditions import holds
+from geoad.module.misfit import MISFITS, refuse_targets
 from geoad.params import flatten
 
 __all__ = ["Loss", "OutputMatrix"]
@@ -127,7 +128,11 @@ class Loss(Likelihood):
             targets_of_f = rebuild([parts.pop(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
             return self.loss_fn(f, targets_of_f).sum()
 
-        return products.mapped(one, [outputs, *(leaf for leaf in leaves if isinstance(leaf, Tensor))])
+        try:
+            return products.mapped(one, [outputs, *(leaf for leaf in leaves if isinstance(leaf, Tensor))])
+        except MISFITS as error:
+            refuse_targets(self.loss_fn, outputs, targets, error)
+            raise
 
     def matrix(self, outputs: Tensor, targets: Any = None) -> Tensor:
         """The Hessian of every sample, (n, C, C) with all C numbers of its outputs."""
