@@ -18,6 +18,7 @@ import geoad
 from geoad import GeometryError
 from geoad.curvature import GGN, Fisher, LowRank, OutputMatrix, resumable
 from geoad.curvature.likelihoods import Family, Gaussian
+from geoad.kernels import lean
 from geoad.kernels.conditions import holds, settle, together
 
 SAMPLES = 12
@@ -34,6 +35,12 @@ def network() -> nn.Module:
 
 def batches(count: int, each: int, targets: Tensor = Y) -> list[tuple[Tensor, Tensor]]:
     return list(zip(X.split(each)[:count], targets.split(each)[:count], strict=True))
+
+
+@pytest.fixture(autouse=True)
+def large_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices of convolutions of small images are made on CPU alone, where nobody waits for anything."""
+    monkeypatch.setattr(lean, "is_small", lambda *_: False)
 
 
 # -- the helper sees what it is to see ---------------------------------------------------------------------------------------
