@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from geoad.errors import UnsupportedModuleError
-from geoad.kernels.bags import SpelledOutBags
+from geoad.kernels.bags import SpelledOutBags, SpelledOutPadding
 from geoad.kernels.norms import SpelledOut
 from geoad.kernels.stamps import depend
 
@@ -146,6 +146,8 @@ class _Attempt:
 
     def environment(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
+        if self.names[self.way] == "forward":
+            stack.enter_context(SpelledOutPadding())
         for fix in self.fixes:
             stack.enter_context(fix.context())
         return stack
@@ -243,10 +245,7 @@ def climb(kind: str, ways: Sequence[Way[T]]) -> T:
 def _first_that_works(attempt: _Attempt, ways: Sequence[Way[T]]) -> T:
     while True:
         try:
-            if attempt.fixes:
-                with attempt.environment():
-                    result = ways[attempt.way][1]()
-            else:
+            with attempt.environment():
                 result = ways[attempt.way][1]()
         except _Needs as signal:
             if signal.attempt is not attempt:
