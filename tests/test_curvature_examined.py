@@ -14,8 +14,9 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
 import geoad
-from geoad.curvature import GGN, Categorical, Fisher, Gaussian, Hessian
-from geoad.errors import GeometryError
+from geoad import maps
+from geoad.curvature import EKFAC, GGN, KFAC, Categorical, Fisher, Gaussian, Hessian
+from geoad.errors import GeometryError, StructureNotPreservedError
 
 torch.set_default_dtype(torch.float64)
 
@@ -286,3 +287,65 @@ def test_a_matrix_free_value_that_was_used_is_copied_like_a_new_one(kind: str) -
     for other in (pickle.loads(pickle.dumps(form)), copy.deepcopy(form)):
         for _ in range(4):
             assert torch.allclose(other.mv(v).ravel(), wanted, rtol=0, atol=1e-15)
+
+
+# -- charts of layers --------------------------------------------------------------------------------------------------------
+
+
+def _seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+LAYERED = {
+    "affine": lambda: maps.LayerAffine(generator=_seeded()),
+    "twice": lambda: maps.Compose(maps.LayerAffine(generator=_seeded()), maps.LayerAffine(generator=_seeded(1))),
+    "per layer": lambda: maps.Affine(per_layer=True, generator=_seeded()),
+}
+
+
+@pytest.mark.parametrize("chart", LAYERED)
+def test_kfac_is_built_where_layers_are_layers(chart: str) -> None:
+    """It is exact for one linear layer with a Gaussian likelihood, and the moved one for all networks."""
+    torch.manual_seed(0)
+    x = torch.randn(7, 3)
+    for net in (nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))):
+        geo = geoad.GeoModule(net)
+        psi = geo.reference.reparametrize(LAYERED[chart](), name="psi").target
+        q = geo.point().to(psi)
+        for structure in ("kfac", KFAC("reduce", "separate")):
+            built = Fisher(geo, x, "gaussian", chart=psi, representation=structure)
+            assert {type(part).__name__ for part in built(q).operator.parts.values()} == {"Kronecker"}  # type: ignore[attr-defined]
+            there = Fisher(geo, x, "gaussian", representation=structure)(q)
+            assert torch.allclose(built(q).to_dense(), there.to_dense(), rtol=0, atol=1e-12)
+            assert torch.allclose(built(geo.point()).to_dense(), there.to(geo.reference).to_dense(), rtol=0, atol=1e-12)
+        if isinstance(net, nn.Linear):
+            exact = Fisher(geo, x, "gaussian", representation="dense")(q).to_dense()
+            built = Fisher(geo, x, "gaussian", chart=psi, representation="kfac")
+            assert torch.allclose(built(q).to_dense(), exact, rtol=0, atol=1e-12)
+
+
+def test_ekfac_is_built_where_its_bases_stay_orthogonal() -> None:
+    torch.manual_seed(0)
+    geo, x = geoad.GeoModule(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))), torch.randn(7, 3)
+    turned = geo.reference.reparametrize(maps.Orthogonal(generator=_seeded()), name="turned").target
+    q, structure = geo.point().to(turned), EKFAC(bias="separate")
+    built = Fisher(geo, x, "gaussian", chart=turned, representation=structure)(q)
+    assert torch.allclose(
+        built.to_dense(), Fisher(geo, x, "gaussian", representation=structure)(q).to_dense(), rtol=0, atol=1e-12
+    )
+    psi = geo.reference.reparametrize(maps.LayerAffine(generator=_seeded()), name="psi").target
+    with pytest.raises(StructureNotPreservedError, match="orthogonal"):
+        Fisher(geo, x, "gaussian", chart=psi, representation="ekfac")(geo.point().to(psi))
+
+
+@pytest.mark.parametrize("recipe", [maps.Asinh(), maps.Affine(generator=_seeded()), maps.Coupling(generator=_seeded())])
+def test_kfac_is_refused_where_there_are_no_layers(recipe: Any) -> None:
+    geo = geoad.GeoModule(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    psi = geo.reference.reparametrize(recipe, name="psi").target
+    for structure in ("kfac", {"0.*": "kfac", "*": "dense"}, "quasi_diagonal"):
+        with pytest.raises(StructureNotPreservedError, match="chart='psi'"):
+            Fisher(geo, torch.randn(7, 3), chart=psi, representation=structure)(geo.point().to(psi))
+    layered = geo.reference.reparametrize(maps.LayerAffine(generator=_seeded()), name="psi").target
+    with pytest.raises(StructureNotPreservedError, match="chart='psi'"):
+        mixed = {"0.*": "kfac", "*": "diagonal"}  # the moved diagonal is not the diagonal there
+        Fisher(geo, torch.randn(7, 3), chart=layered, representation=mixed)(geo.point().to(layered))

@@ -184,7 +184,7 @@ class Loss(Likelihood):
         fits = ((whole - each.mean()).abs() <= near) | ((whole - each.sum()).abs() <= near * len(each))
         if not holds(fits | ~whole.isfinite()):
             raise GeometryError(
-                f"the loss is taken sample by sample, and on {len(each)} of them together it is {float(whole):.6g}: neither the "
+                f"the loss is taken sample by sample, and on {len(each)} together it is {float(whole):.6g}: neither the "
                 f"mean nor the sum of its values on each, {float(each.mean()):.6g} and {float(each.sum()):.6g}. A mean over "
                 "labels that are not ignored, or over class weights, is divided by a number of the whole batch. Use "
                 "reduction='sum' or 'none' in it, F.cross_entropy as it is, or Categorical(ignore_index=...)."
