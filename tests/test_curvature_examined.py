@@ -349,3 +349,32 @@ def test_kfac_is_refused_where_there_are_no_layers(recipe: Any) -> None:
     with pytest.raises(StructureNotPreservedError, match="chart='psi'"):
         mixed = {"0.*": "kfac", "*": "diagonal"}  # the moved diagonal is not the diagonal there
         Fisher(geo, torch.randn(7, 3), chart=layered, representation=mixed)(geo.point().to(layered))
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("representation", ["dense", "implicit", "kfac"])
+def test_factors_and_spectra_in_half_precision(representation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(20, 3)
+    wide = geoad.GeoModule(net)
+    wanted = Fisher(wide, x, representation=representation)(wide.point()).to_dense()
+    damped = wanted + 0.5 * torch.eye(len(wanted))
+    geo, x = geoad.GeoModule(copy.deepcopy(net).to(dtype)), x.to(dtype)
+    field, p = Fisher(geo, x, representation=representation), geo.point()
+    R = geoad.metrics.Euclidean(geo.reference)
+    G = (field + 0.5 * R)(p)
+
+    def near(found: Tensor, exact: Tensor) -> None:
+        assert found.dtype == dtype
+        assert float((found.double() - exact).norm()) < 0.05 * float(exact.norm())
+
+    near(geoad.eigh(field(p), metric=R(p), k=2)[0], torch.linalg.eigvalsh(wanted).flip(0)[:2])
+    spectrum = torch.linalg.eigvals(torch.linalg.solve(damped, wanted)).real.sort(descending=True)[0]
+    near(geoad.eigh(field(p), metric=G, k=2)[0], spectrum[:2])
+    near((G.inverse() @ field(p)).eigenvalues(k=1), spectrum[:1])
+    factor, frame = G.cholesky().components, G.inverse_sqrt().components
+    near(factor @ factor.mT, damped)
+    near(frame @ frame.mT, torch.linalg.inv(damped))
