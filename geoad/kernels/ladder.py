@@ -146,7 +146,7 @@ class _Attempt:
 
     def environment(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
-        if self.names[self.way] == "forward":
+        if self.names[self.way] == "forward":  # for J v to be of the same function as w J
             stack.enter_context(SpelledOutPadding())
         for fix in self.fixes:
             stack.enter_context(fix.context())
