@@ -15,9 +15,21 @@ from geoad.kernels.spread import Exchange
 from geoad.kernels.stamps import Same, depend
 from geoad.params import Blocks
 
-__all__ = ["Batches", "batch_size", "refuse_spoilt", "require_match", "split_batch", "spoilt_by", "take", "without_targets"]
+__all__ = [
+    "Batches",
+    "batch_size",
+    "plain_inputs",
+    "refuse_spoilt",
+    "require_match",
+    "split_batch",
+    "spoilt_by",
+    "take",
+    "without_targets",
+]
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
+_ALL_INPUTS = "all of these are inputs"
+"""The one key of a mapping around one that has an entry of such a name as an input, for its targets are beside it."""
 
 
 class Batches:
@@ -207,7 +219,8 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     """(inputs, targets) of one batch.
 
     The targets of a mapping are its entry "labels", "label", "targets", "target" or "y", or else the mapping itself; a batch
-    that is one tensor, or a sequence that holds just one thing, has no targets (None).
+    that is one tensor, or a sequence that holds just one thing, has no targets (None). In a pair (mapping, targets) the whole
+    mapping is inputs.
     """
     if isinstance(batch, Mapping):
         key = _target_key(cast("Mapping[str, Any]", batch))
@@ -216,7 +229,10 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
         return batch, None
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(cast("Sequence[Any]", batch)) in (1, 2):
         parts = cast("Sequence[Any]", batch)
-        return parts[0], parts[1] if len(parts) == 2 else None
+        if len(parts) == 1:
+            return parts[0], None
+        named = isinstance(parts[0], Mapping) and _target_key(cast("Mapping[str, Any]", parts[0])) is not None
+        return {_ALL_INPUTS: parts[0]} if named else parts[0], parts[1]
     found = type(batch).__name__
     if isinstance(batch, Sequence):
         found += f" of length {len(cast('Sequence[Any]', batch))}"
@@ -261,8 +277,15 @@ def take(inputs: Any, index: slice) -> Any:
     return inputs
 
 
+def plain_inputs(inputs: Any) -> Any:
+    """The inputs of a batch as they were given."""
+    return inputs[_ALL_INPUTS] if isinstance(inputs, Mapping) and _ALL_INPUTS in inputs else inputs
+
+
 def without_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a mapping that are inputs: all but the targets."""
+    if _ALL_INPUTS in inputs:
+        return dict(inputs[_ALL_INPUTS])
     key = _target_key(inputs)
     return {name: value for name, value in inputs.items() if name != key}
 

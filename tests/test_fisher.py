@@ -254,7 +254,7 @@ def test_refusals() -> None:
 
         with pytest.raises(GeometryError, match="covariance is for 2 outputs, the network has 3"):
             value(inputs, Gaussian(torch.ones(2)))
-        with pytest.raises(GeometryError, match="the inputs of batch 0 hold 1 of .* the first in sample 2"):
+        with pytest.raises(GeometryError, match=r"the inputs of batch 0 hold 1 of .* the first in sample 2"):
             value(bad)
         with pytest.raises(GeometryError, match=r"inputs are torch\.float32"):
             value(X.float())

@@ -840,7 +840,7 @@ WRONG: dict[str, tuple[Likelihood, Tensor, Any, str]] = {
     "classes for bernoulli": (Bernoulli(), torch.zeros(2, 1), torch.tensor([[1], [3]]), r"found 1 to 3"),
     "negative counts": (Poisson(), torch.zeros(2, 1), torch.tensor([[1.0], [-2.0]]), r"-2 as the smallest"),
     "integer outputs": (Poisson(), torch.zeros(2, 1).long(), torch.zeros(2, 1), r"real outputs, found torch.int64"),
-    "a vector of outputs": (Gaussian(), torch.zeros(4), torch.zeros(4), r"\(n, ..., c\).*found \(4,\)"),
+    "a vector of outputs": (Categorical(), torch.zeros(4), torch.zeros(4).long(), r"\(n, ..., c\).*found \(4,\)"),
     "another size": (Gaussian(SIGMA), torch.zeros(4, 2), torch.zeros(4, 2), r"for 3 outputs, the network has 2"),
     "a 1 x 1 matrix": (Gaussian(torch.ones(1, 1)), torch.zeros(4, 2), torch.zeros(4, 2), r"for 1 outputs, the network has 2"),
     "a target outside of the support": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import singledispatch
 from typing import TYPE_CHECKING
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from geoad import operators as ops
-from geoad.charts import Chart
+from geoad.charts import Chart, Point, path
 from geoad.curvature.collect import Collector, Task
 from geoad.curvature.collect_kron import collectors
 from geoad.curvature.combine import combine, described
 from geoad.curvature.compiled import Chunks
 from geoad.curvature.likelihoods.roots import Seeds
-from geoad.curvature.representations import KFAC, BlockDiagonal, Mixed, QuasiDiagonal, Representation
+from geoad.curvature.representations import KFAC, BlockDiagonal, LowRank, Mixed, QuasiDiagonal, Representation
 from geoad.curvature.resume import Journal, journal, resuming
 from geoad.curvature.sweep import Plans, sweep
 from geoad.errors import GeometryError, StructureNotPreservedError
@@ -25,6 +26,7 @@ from geoad.kernels.ladder import at_top_level
 from geoad.kernels.spread import digest
 from geoad.operators import LinearOperator, numbers
 from geoad.params import Blocks, first, is_wrapped
+from geoad.tensors.layerwise import moved
 
 if TYPE_CHECKING:
     from geoad.curvature.network import NetworkCurvature
@@ -39,6 +41,8 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
         GeometryError: the result does not fit into the memory of the machine, or the parameters are of several dtypes.
     """
     _require_one_dtype(x)
+    if field.way is not None and any(isinstance(each, KFAC) for each in _inside(structure)):
+        return _layers_of_another_chart(field, field.way(x), structure)
     layout = field.home.layout
     plans = Plans(field.outputs, x)
     exchange = field.exchange
@@ -121,12 +125,37 @@ def _require_one_dtype(x: Blocks) -> None:
 def require_chart(structure: Representation, home: Chart) -> None:
     """Raise where the structure of layers is asked for in coordinates that have no layers."""
     wanted = [each for each in _inside(structure) if isinstance(each, (KFAC, QuasiDiagonal))]
-    if wanted and home != home.reference:
-        raise StructureNotPreservedError(
-            f"{wanted[0]} was asked for with chart='{home.name}': it is made of the inputs and outputs of layers, which are "
-            "those of the reference chart. Leave chart= out and look at the value there (F(p) at a point of "
-            f"'{home.name}'), or build 'diagonal', 'block_diagonal' or 'low_rank' in '{home.name}'."
-        )
+    if not wanted or home == home.reference:
+        return
+    lengths = (each for each in _inside(structure) if isinstance(each, LowRank) and each.rank is not None)
+    linear = all(phi.map.linear and phi.map.law == "diffeomorphism" for phi, _ in path(home.reference, home))
+    if not linear or any(isinstance(each, QuasiDiagonal) for each in wanted) or any(lengths):
+        raise _no_layers(wanted[0], home)
+
+
+def _no_layers(structure: Representation, home: Chart) -> StructureNotPreservedError:
+    return StructureNotPreservedError(
+        f"{structure} was asked for with chart='{home.name}': it is made of the inputs and outputs of layers, which are those "
+        "of the reference chart, and of its images under W ↦ QWP with b ↦ Qb (for EKFAC with orthogonal Q and P). Leave chart= "
+        f"out and look at the value there (F(p) at a point of '{home.name}'), or build 'diagonal', 'block_diagonal' or "
+        f"'low_rank' in '{home.name}'."
+    )
+
+
+def _layers_of_another_chart(field: NetworkCurvature, theta: Blocks, structure: Representation) -> LinearOperator:
+    """The value in a chart where layers are layers: their inputs and outputs there give the moved Kronecker factors."""
+    twin, reference = copy.copy(field), field.home.reference
+    twin.home, twin.way = reference, None
+    made = build(twin, theta, structure)
+    found = moved(made, (False, False), Point(reference, theta), field.home)
+    if not (isinstance(made, ops.BlockDiagonal) and isinstance(found, ops.BlockDiagonal)):
+        raise _no_layers(structure, field.home)
+    for names, part in made.parts.items():
+        there = found.parts.get(names)
+        oblique = isinstance(there, ops.EigenKronecker) and not there.orthogonal
+        if type(there) is not type(part) or oblique:
+            raise _no_layers(structure, field.home)
+    return found
 
 
 def _inside(structure: Representation) -> list[Representation]:

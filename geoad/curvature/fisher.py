@@ -195,7 +195,7 @@ class Fisher(NetworkCurvature):
         if self.kind == "exact":
             return self.likelihood.fisher(outputs, t)
         scores = self._scores(outputs, labels)
-        along = (scores * t).flatten(2).sum(-1)
+        along = (scores * t).unsqueeze(-1).flatten(2).sum(-1)
         along = along.reshape(*along.shape, *[1] * (outputs.ndim - 1))
         return (scores * along).mean(0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -40,7 +40,9 @@ class GGN(NetworkCurvature):
 
     Averaged over the samples, as the Fisher matrix. A loss of torch is taken as it is: the mean of ``F.mse_loss`` also runs
     over the c outputs, so that its matrix is 2/c times that of "gaussian"; ``torch.nn.MSELoss(reduction="sum")`` adds them up,
-    and its matrix is twice that of "gaussian".
+    and its matrix is twice that of "gaussian". The mean of ``F.cross_entropy`` runs over the labels of a batch that are not
+    ignored. ``reduction="sum"`` is N times the mean, whatever the loss; ``geo.loss(F.mse_loss, data, reduction="sum")`` hands
+    it to torch instead: its matrix is that of the module with a sum of its own.
 
     >>> import torch, geoad
     >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
@@ -79,12 +81,21 @@ class GGN(NetworkCurvature):
         )
         self.of_loss = not isinstance(given, (str, Likelihood))
         self.averaged = getattr(given, "reduction", "mean") == "mean"
+        self.ignored: int | None = getattr(self.likelihood, "ignore_index", None) if self.of_loss and self.averaged else None
         self.hessian_type = self.likelihood.hessian_type and not self.structure.imposed
         self.signed = not getattr(self.likelihood, "positive", True)
         self.value_class = Form if self.signed else Metric
 
     def labels(self, outputs: Tensor, targets: Any, batch: int) -> Any:
-        return targets
+        if self.ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.ndim:
+            return targets
+        # torch's mean runs over the labels of this batch that are not ignored, which a chunk of it cannot count
+        counted = (targets != self.ignored).sum().clamp(min=1)
+        return targets, (targets.numel() / counted.double()).expand(len(targets))
+
+    def _split(self, labels: Any) -> tuple[Any, Tensor | None]:
+        """The targets, and what each sample counts for beside them."""
+        return cast("tuple[Any, Tensor]", labels) if self.ignored is not None and isinstance(labels, tuple) else (labels, None)
 
     def _factor(self, outputs: Tensor) -> float:
         """What a loss of torch is of the likelihood: its mean also runs over outputs and positions, its sum does not."""
@@ -97,11 +108,15 @@ class GGN(NetworkCurvature):
         return True
 
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
-        targets = labels if self._needs_labels(outputs, labels) else None
-        return seeds_of(self.likelihood, outputs, targets).scaled(self._factor(outputs) ** 0.5)
+        targets, share = self._split(labels)
+        targets = targets if self._needs_labels(outputs, targets) else None
+        found = seeds_of(self.likelihood, outputs, targets).scaled(self._factor(outputs) ** 0.5)
+        return found if share is None else found.scaled(share.to(outputs.dtype).sqrt()[:, None, None])
 
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
         likelihood, factor = self.likelihood, self._factor(outputs)
-        if not self._needs_labels(outputs, labels):
+        targets, share = self._split(labels)
+        if not self._needs_labels(outputs, targets):
             return factor * likelihood.fisher(outputs, t)
-        return factor * likelihood.hessian(outputs, labels, t)
+        bent = factor * likelihood.hessian(outputs, targets, t)
+        return bent if share is None else share.to(outputs.dtype).reshape(-1, *[1] * (outputs.ndim - 1)) * bent

@@ -118,5 +118,7 @@ def _block(op: LinearOperator, names: tuple[str, ...]) -> Tensor:
         image = op.mv(zeros | layout.unravel(row))
         return layout.ravel({name: image[name] for name in names})
 
+    if layout.dim == 0:  # an empty parameter
+        return like.new_zeros(0, 0)
     matrix = mapped(column, torch.eye(layout.dim, dtype=like.dtype, device=like.device), _COLUMNS)
     return 0.5 * (matrix + matrix.mT)

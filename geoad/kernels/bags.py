@@ -68,7 +68,8 @@ def _embedding_bag(
 class SpelledOutPadding(FormulaMode):
     """``functional.embedding`` with no derivative at `padding_idx`.
 
-    In a derivative of ``vmap`` over tables and tokens, torch 2.13 has that for the first table only.
+    In a derivative of ``vmap`` over tables and tokens, torch 2.13 has that for the first table only. In forward mode it has it
+    nowhere: there J v would belong to another function than w J.
 
     >>> import torch
     >>> from geoad.kernels.bags import SpelledOutPadding

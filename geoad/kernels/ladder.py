@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from geoad.errors import UnsupportedModuleError
-from geoad.kernels.bags import SpelledOutBags
+from geoad.kernels.bags import SpelledOutBags, SpelledOutPadding
 from geoad.kernels.norms import SpelledOut
 from geoad.kernels.stamps import depend
 
@@ -147,6 +147,8 @@ class _Attempt:
 
     def environment(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
+        if self.names[self.way] == "forward":  # for J v to be of the same function as w J
+            stack.enter_context(SpelledOutPadding())
         for fix in self.fixes:
             stack.enter_context(fix.context())
         return stack
@@ -244,10 +246,7 @@ def climb(kind: str, ways: Sequence[Way[T]]) -> T:
 def _first_that_works(attempt: _Attempt, ways: Sequence[Way[T]]) -> T:
     while True:
         try:
-            if attempt.fixes:
-                with attempt.environment():
-                    result = ways[attempt.way][1]()
-            else:
+            with attempt.environment():
                 result = ways[attempt.way][1]()
         except _Needs as signal:
             if signal.attempt is not attempt:

@@ -46,6 +46,10 @@ class Repeated:
         self._kept: _Kept | None = None
         self._hopeless: Hashable = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in memory or in a file, keeps for itself."""
+        return vars(self) | {"products": 0, "_kept": None, "_hopeless": None}
+
     @property
     def bytes(self) -> int:
         """The memory that is held now."""

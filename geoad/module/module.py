@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from geoad.charts import Chart, Point, Reparametrization
-from geoad.data import require_match, without_targets
+from geoad.data import plain_inputs, require_match, without_targets
 from geoad.errors import GeometryError
 from geoad.fields import ScalarField
 from geoad.kernels.ladder import visit
@@ -211,7 +211,7 @@ class GeoModule(nn.Module):
 
     def _evaluate(self, theta: Blocks, inputs: Any) -> Any:
         if self._forward_fn is not None:
-            return self.apply_network(theta, self._forward_fn, inputs)
+            return self.apply_network(theta, self._forward_fn, plain_inputs(inputs))
         if isinstance(inputs, Mapping):
             given = cast("Mapping[str, Any]", inputs)
             return self.apply_network(theta, _call_named, without_targets(given))
@@ -228,12 +228,13 @@ class GeoModule(nn.Module):
         visit(self)
         net, coordinates = self._wrapped, self._coordinates
         training = [module for module in net.modules() if module.training]
+        exact = [place for module in net.modules() for place in _exact_slopes(module)]
         looks = not is_traced()  # the compiler cannot follow
 
         def run(values: Blocks, given: Sequence[Any]) -> Any:
             buffers = [place for module in training for place in _copied_buffers(module)]
             with coordinates.evaluating(), Deterministic() if looks else nullcontext():
-                return coordinates.slots.call(values, fn, net, *given, buffers=buffers)
+                return coordinates.slots.call(values, fn, net, *given, buffers=[*buffers, *exact])
 
         if looks:
             self._survey(Use(self, net, fn, coordinates.theta, bool(training)), run, theta, args)
@@ -319,6 +320,14 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _copied_buffers(module: nn.Module) -> list[Place]:
     held = vars(module)["_buffers"]
     return [(held, name, value.clone()) for name, value in held.items() if value is not None]
+
+
+def _exact_slopes(module: nn.Module) -> list[Place]:
+    """What makes an embedding's backward give the derivative: no scaling by frequency, no sparse tensors."""
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return []
+    held = vars(module)
+    return [(held, name, False) for name in ("sparse", "scale_grad_by_freq") if held.get(name)]
 
 
 def _call(net: Callable[..., Any], *args: Any) -> Any:

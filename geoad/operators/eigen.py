@@ -10,7 +10,7 @@ from torch import Tensor
 from geoad.errors import GeometryError
 from geoad.operators.algebra import DENSE_LIMIT, has_matrix, require_small, to_dense
 from geoad.operators.base import Dense, Diagonal, LinearOperator, Multiple, Product, Sum, Transpose
-from geoad.operators.solve import Inverse, check_diagonal, densify, inverse, scaled_cholesky, solve
+from geoad.operators.solve import Inverse, check_diagonal, densify, inverse, scaled_cholesky, solve, working
 from geoad.operators.spectra import symmetric_eigh
 from geoad.params import Blocks, axpy, dot, is_wrapped, scale
 
@@ -194,12 +194,13 @@ def eigh(
     if not isinstance(g, LinearOperator):
         values, vectors = symmetric_eigh(matrix)
     else:
-        size, lower = scaled_cholesky(densify(g).matrix)
+        size, lower = scaled_cholesky(working(densify(g).matrix))
         lower = size.unsqueeze(-1) * lower
-        half = torch.linalg.solve_triangular(lower, matrix, upper=False)
+        half = torch.linalg.solve_triangular(lower, working(matrix), upper=False)
         whitened = torch.linalg.solve_triangular(lower, half.mT, upper=False)
         values, basis = torch.linalg.eigh(0.5 * (whitened + whitened.mT))
         vectors = torch.linalg.solve_triangular(lower.mT, basis, upper=True)
+        values, vectors = values.to(matrix.dtype), vectors.to(matrix.dtype)
     values, frame = picked(values, vectors, k, which)
     assert frame is not None
     return values, frame
@@ -321,4 +322,4 @@ def _ritz(alphas: list[Tensor], betas: list[Tensor], like: Tensor) -> tuple[Tens
     if betas:
         off = torch.stack(betas).to(like.dtype)
         matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
-    return torch.linalg.eigh(matrix)
+    return symmetric_eigh(matrix)

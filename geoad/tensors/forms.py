@@ -12,6 +12,7 @@ from geoad.charts import Chart, Point, flat_reference, same_space
 from geoad.errors import GeometryError, SingularMetricError, VarianceError
 from geoad.operators import CG, LinearOperator
 from geoad.operators.eigen import order
+from geoad.operators.solve import working
 from geoad.params import is_wrapped
 from geoad.tensors.base import HANDLERS, Axis, TypedTensor, describe, require_same_numbers, require_same_place
 from geoad.tensors.densities import Density, LogDensity
@@ -90,13 +91,14 @@ class _Bilinear(Rank2):
             raise SingularMetricError(
                 f"{describe(self)} is not symmetric, so it has no Cholesky factor. Symmetrise it: 0.5 * (B + B.mT)."
             )
+        dtype, matrix = matrix.dtype, working(matrix)
         size, lower = ops.scaled_cholesky(matrix)
         factor = size.unsqueeze(-1) * lower
         if invert:
             eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
             factor = torch.linalg.solve_triangular(factor.mT, eye, upper=True)
         axes = [Axis(self.home, self.ups[0] != invert, self.home.dim), Axis(None, True, self.home.dim)]
-        return GeoTensor(factor, axes, self.at.to(self.home)).to(self.chart)
+        return GeoTensor(factor.to(dtype), axes, self.at.to(self.home)).to(self.chart)
 
     def _no_metric(self, what: str) -> VarianceError:
         kind = "(2,0)" if self.ups[0] else "(0,2)"

@@ -29,9 +29,11 @@ class Likelihood(ABC):
     Attributes:
         hessian_type: A is the Hessian in f of a potential, so ∂A is symmetric in all three indices (natural parameters). Where
             it is not said, the general formula for connections is used, which is always right.
+        numberwise: outputs (n,), one number for each sample, are taken too; targets then are (n,).
     """
 
     hessian_type: bool = False
+    numberwise: bool = False
 
     @abstractmethod
     def fisher(self, outputs: Tensor, t: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ class Likelihood(ABC):
 
     def check(self, outputs: Tensor) -> None:
         """Raise if the outputs cannot be parameters of this family."""
-        if outputs.ndim < 2:
+        if outputs.ndim < (1 if self.numberwise else 2):
             raise GeometryError(
                 "the likelihood needs outputs of shape (n, ..., c), samples in front and parameters last, found "
                 f"{tuple(outputs.shape)}. Give the network a batch axis and an output axis (.unsqueeze(-1) for one output)."
@@ -139,6 +141,7 @@ class RealTargets(Likelihood):
     """A family of one natural parameter an output, with a real target for each: targets have the shape of the outputs."""
 
     hessian_type = True
+    numberwise = True
 
     def hessian(self, outputs: Tensor, targets: Any, t: Tensor) -> Tensor:
         self.real(outputs, targets)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from geoad.curvature.likelihoods.base import RealTargets, readable
-from geoad.curvature.likelihoods.roots import Seeds, wide
+from geoad.curvature.likelihoods.roots import Seeds, of_samples, wide
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 
@@ -29,7 +29,7 @@ class Bernoulli(RealTargets):
 
     def nll(self, outputs: Tensor, targets: Any) -> Tensor:
         y = self.real(outputs, targets)
-        return ((1 - y) * outputs - functional.logsigmoid(outputs)).flatten(1).sum(1)
+        return of_samples((1 - y) * outputs - functional.logsigmoid(outputs))
 
     def score(self, outputs: Tensor, targets: Any) -> Tensor:
         y = self.real(outputs, targets)
@@ -64,7 +64,7 @@ class Poisson(RealTargets):
 
     def nll(self, outputs: Tensor, targets: Any) -> Tensor:
         y = self.real(outputs, targets)
-        return (outputs.exp() - y * outputs + (y + 1).lgamma()).flatten(1).sum(1)
+        return of_samples(outputs.exp() - y * outputs + (y + 1).lgamma())
 
     def score(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.real(outputs, targets) - outputs.exp()

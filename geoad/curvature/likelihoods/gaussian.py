@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geoad.curvature.likelihoods.base import RealTargets
-from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, wide
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, of_samples, wide
 from geoad.errors import GeometryError, SingularMetricError
 
 __all__ = ["Gaussian"]
@@ -56,8 +56,7 @@ class Gaussian(RealTargets):
 
     def nll(self, outputs: Tensor, targets: Any) -> Tensor:
         residual = self.real(outputs, targets) - outputs
-        terms = residual * self.fisher(outputs, residual)
-        return 0.5 * terms.flatten(1).sum(1) + self._log_normalizer(outputs)
+        return 0.5 * of_samples(residual * self.fisher(outputs, residual)) + self._log_normalizer(outputs)
 
     def score(self, outputs: Tensor, targets: Any) -> Tensor:
         return self.fisher(outputs, self.real(outputs, targets) - outputs)
@@ -85,8 +84,9 @@ class Gaussian(RealTargets):
 
     def check(self, outputs: Tensor) -> None:
         super().check(outputs)
-        size, c = self.covariance.shape[-1:].numel(), outputs.shape[-1]
-        if self.covariance.ndim and size != c and not (self.covariance.ndim == 1 and size == 1):
+        size, c = self.covariance.shape[-1:].numel(), _last(outputs)
+        unfit = self.covariance.ndim and size != c and not (self.covariance.ndim == 1 and size == 1)
+        if unfit or (self.covariance.ndim == 2 and outputs.ndim == 1):
             raise GeometryError(
                 f"the covariance is for {size} outputs, the network has {c} (shape {tuple(outputs.shape)}). Pass a number, {c} "
                 "variances or a matrix of that size."
@@ -113,9 +113,14 @@ class Gaussian(RealTargets):
             factor = _cholesky(self._wide_covariance(outputs))
             logdet = 2 * factor.diagonal().log().sum() * (count // len(factor))
         else:
-            variances = self._covariance(wide(outputs)).expand(outputs.shape[-1])
-            logdet = variances.log().sum() * (count // max(outputs.shape[-1], 1))
+            variances = self._covariance(wide(outputs)).expand(_last(outputs))
+            logdet = variances.log().sum() * (count // max(_last(outputs), 1))
         return (0.5 * (logdet + count * math.log(2 * math.pi))).to(outputs.dtype)
+
+
+def _last(outputs: Tensor) -> int:
+    """c; outputs (n,) are one number for each sample."""
+    return outputs.shape[-1] if outputs.ndim > 1 else 1
 
 
 def _cholesky(covariance: Tensor) -> Tensor:

@@ -89,13 +89,16 @@ class Loss(Likelihood):
 
     A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions. Its
     root is made of all C² numbers, with C outputs; where there are many positions, a `Likelihood` takes far less.
-    A loss has no distribution over labels, so it has no exact and no Monte-Carlo Fisher.
+    A loss has no distribution over labels, so it has no exact and no Monte-Carlo Fisher. Where values can be read, a loss of
+    several samples that is neither the mean nor the sum of theirs is refused.
 
     >>> import torch
     >>> loss = Loss(torch.nn.functional.smooth_l1_loss)
     >>> loss.nll(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
     tensor([1.3125])
     """
+
+    numberwise = True
 
     def __init__(self, loss_fn: Callable[[Tensor, Any], Tensor]) -> None:
         if not callable(loss_fn):
@@ -171,6 +174,26 @@ class Loss(Likelihood):
                     f"{int(leaf.isnan().sum())} of {leaf.numel()} targets are nan. The curvature would be nan throughout; drop "
                     "these samples."
                 )
+        if len(outputs) > 1 and readable(outputs):
+            self._require_apart(outputs, targets)
+
+    def _require_apart(self, outputs: Tensor, targets: Any) -> None:
+        """Refuse a loss of several samples that is neither the mean nor the sum of theirs, where it takes several."""
+        with torch.no_grad():
+            try:
+                whole = self.loss_fn(outputs, targets).sum()
+            except Exception:  # it takes one at a time
+                return
+            each = self.nll(outputs, targets)
+        near = torch.finfo(each.dtype).eps ** 0.5 * each.abs().mean()
+        fits = ((whole - each.mean()).abs() <= near) | ((whole - each.sum()).abs() <= near * len(each))
+        if not holds(fits | ~whole.isfinite()):
+            raise GeometryError(
+                f"the loss is taken sample by sample, and on {len(each)} together it is {float(whole):.6g}: neither the "
+                f"mean nor the sum of its values on each, {float(each.mean()):.6g} and {float(each.sum()):.6g}. A mean over "
+                "labels that are not ignored, or over class weights, is divided by a number of the whole batch. Use "
+                "reduction='sum' or 'none' in it, F.cross_entropy as it is, or Categorical(ignore_index=...)."
+            )
 
 
 def _is_weighted_mean(loss: Any) -> bool:

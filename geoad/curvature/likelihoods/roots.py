@@ -13,7 +13,7 @@ from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 from geoad.params import is_wrapped
 
-__all__ = ["Portion", "Seeds", "numbers_of_a_sample", "positions", "signed_root", "wide"]
+__all__ = ["Portion", "Seeds", "numbers_of_a_sample", "of_samples", "positions", "signed_root", "wide"]
 
 
 def wide(outputs: Tensor) -> Tensor:
@@ -24,6 +24,11 @@ def wide(outputs: Tensor) -> Tensor:
 def numbers_of_a_sample(outputs_shape: Sequence[int]) -> int:
     """How many numbers one sample of outputs (n, ..., c) has."""
     return prod(outputs_shape[1:])
+
+
+def of_samples(terms: Tensor) -> Tensor:
+    """Numbers (n, ...) added up for each sample, (n,)."""
+    return terms.unsqueeze(-1).flatten(1).sum(1)
 
 
 def positions(outputs_shape: Sequence[int], axis: int = -1) -> int:
@@ -85,8 +90,8 @@ class Seeds:
     def __len__(self) -> int:
         return self.columns.shape[0] * self.columns.shape[2]
 
-    def scaled(self, factor: float) -> Seeds:
-        """Those of factor² A."""
+    def scaled(self, factor: float | Tensor) -> Seeds:
+        """Those of factor² A; the factor may differ between samples, (n, 1, 1)."""
         return replace(self, columns=factor * self.columns)
 
     def all(self) -> Portion:
