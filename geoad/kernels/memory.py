@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoad.errors import GeometryError
 
-__all__ = ["bytes_of", "require_memory"]
+__all__ = ["bytes_of", "even", "fitting", "require_memory"]
 
 _REMEDY = "Use another representation: 'kfac', 'diagonal' or 'implicit'."
 
@@ -37,6 +37,27 @@ def bytes_of(max_memory: Any) -> int:
         f"max_memory={max_memory!r} is no number of bytes, at least 1, that intermediate results could be bound by: pass e.g. "
         "max_memory=2**30 for a GiB."
     )
+
+
+def fitting(bound: int, each: int, fixed: int = 0, most: int | None = None) -> int:
+    """How many things of `each` bytes fit into `bound` bytes beside `fixed` ones; at least one, and at most `most`.
+
+    >>> from geoad.kernels.memory import fitting
+    >>> fitting(1000, each=90, fixed=100), fitting(1000, each=90, most=4), fitting(10, each=90)
+    (10, 4, 1)
+    """
+    count = max(1, (bound - fixed) // max(1, each))
+    return count if most is None else min(most, count)
+
+
+def even(count: int, most: int) -> int:
+    """The size of portions of `count` things: as few portions as `most` allows, all of one size but for the last.
+
+    >>> from geoad.kernels.memory import even
+    >>> even(10, 9), even(10, 3), even(10, 100), even(0, 5)
+    (5, 3, 10, 1)
+    """
+    return -(-count // -(-count // most)) if count else 1
 
 
 def require_memory(size: int, what: str, like: Tensor, remedy: str = _REMEDY) -> None:
