@@ -14,7 +14,7 @@ from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.layered import Linearized, Outputs, glance, linearize, trial
-from geoad.kernels.memory import even, fitting
+from geoad.kernels.memory import MOST, even, fitting
 from geoad.kernels.rows import Plan, Rows
 from geoad.params import Blocks, Layout, first
 
@@ -92,7 +92,7 @@ def sweep(
     consumers: Sequence[Consumer],
     *,
     max_memory: int,
-    most: int = 1024,
+    most: int = MOST,
     progress: bool = False,
     total: int | None = None,
     page: Page | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from geoad.errors import GeometryError
 
-__all__ = ["bytes_of", "even", "fitting", "require_memory"]
+__all__ = ["MOST", "bytes_of", "even", "fitting", "require_memory"]
 
 _REMEDY = "Use another representation: 'kfac', 'diagonal' or 'implicit'."
 
@@ -39,15 +40,18 @@ def bytes_of(max_memory: Any) -> int:
     )
 
 
-def fitting(bound: int, each: int, fixed: int = 0, most: int | None = None) -> int:
+MOST = 1024
+"""Samples that are taken together at most: more of them are not faster."""
+
+
+def fitting(bound: int, each: int, fixed: int = 0, most: int = sys.maxsize) -> int:
     """How many things of `each` bytes fit into `bound` bytes beside `fixed` ones; at least one, and at most `most`.
 
     >>> from geoad.kernels.memory import fitting
     >>> fitting(1000, each=90, fixed=100), fitting(1000, each=90, most=4), fitting(10, each=90)
     (10, 4, 1)
     """
-    count = max(1, (bound - fixed) // max(1, each))
-    return count if most is None else min(most, count)
+    return max(1, min(most, (bound - fixed) // max(1, each)))
 
 
 def even(count: int, most: int) -> int:

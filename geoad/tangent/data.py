@@ -22,6 +22,7 @@ from geoad.kernels.jacobians import batched
 from geoad.kernels.kernel_gram import Features, Group, features
 from geoad.kernels.layered import Linearized, linearize, trial
 from geoad.kernels.layers import layers_of
+from geoad.kernels.memory import MOST, fitting
 from geoad.kernels.rows import Plan, Rows
 from geoad.kernels.uses import EmbeddingUse
 from geoad.params import Blocks, Layout, equal
@@ -277,7 +278,7 @@ def chunks(data: Data, theta: Blocks, form: Form, start: int = 0, partners: int 
         shapes.add(shape)
         _require_one_shape(shapes)
         seeds = math.prod(shape)
-        step = max(1, min(_MOST, form.memory // max(1, form.numbers(plan, layout, seeds) * _width(theta))))
+        step = fitting(form.memory, form.numbers(plan, layout, seeds) * _width(theta), most=MOST)
         places = seeds // shape[-1] if shape else 1
         for low in range(max(0, start - first), size, step):
             high = min(low + step, size)
@@ -286,10 +287,9 @@ def chunks(data: Data, theta: Blocks, form: Form, start: int = 0, partners: int 
             dual = plain if form.is_plain else form.of(rows, True, places, partners)
             del rows
             yield Chunk(slice(first + low, first + high), outputs.detach(), plain, dual)
+            del outputs, plain, dual  # before the next ones are made
         first += size
 
-
-_MOST = 512
 
 _FEW = 4
 """With fewer outputs, layers with a weighted metric are multiplied out."""
