@@ -146,9 +146,7 @@ def _count(seeds: Portion | Seeds) -> int:
     return len(seeds) if isinstance(seeds, Seeds) else len(seeds[0])
 
 
-def _hand_out(
-    chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int, consumers: Sequence[Consumer]
-) -> None:
+def _hand_out(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int, consumers: Sequence[Consumer]) -> None:
     """The rows of a chunk, as many seeds at a time as have `room`; all take `each` numbers a sample, a single one `one`."""
     if not isinstance(seeds, Seeds):
         _give(consumers, chunk.pull(seeds[0]), seeds[1])

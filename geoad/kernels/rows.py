@@ -135,6 +135,12 @@ class Rows:
         kept = [each.a[0].numel() + (2 * self.seeds + 4) * math.prod(each.use.shape) for each in self.uses]
         return sum(kept) + 3 * sum(each[0].numel() for each in self.others.values())  # pulled, stacked, and in the graph
 
+    @property
+    def nbytes(self) -> int:
+        """What is held."""
+        held = [each.a.nbytes + sum(back.nbytes for back in each.back) for each in self.uses]
+        return sum(held) + sum(each.nbytes for each in self.others.values())
+
     def of(self, name: str) -> list[UseRows]:
         """The uses of a block; none if it is not covered."""
         return [each for each in self.uses if name in each.use.names]
