@@ -150,16 +150,22 @@ class Fisher(NetworkCurvature):
         if self.kind == "exact":
             return None
         if self.kind == "mc":
-            if self.drawn is not None:
-                return self.drawn[batch]
-            source = torch.Generator(outputs.device).manual_seed((self.seed + self.batches.number(batch)) % (1 << 63))
-            return torch.stack([self.likelihood.sample(outputs, source) for _ in range(self.samples)], 1)
+            assert self.drawn is not None
+            return self.drawn[batch]
         if targets is None:
             raise GeometryError(
                 f"Fisher(kind={self.kind!r}) needs the labels of the data, found none. Pass data=(x, y); kind='exact' and "
                 "kind='mc' need none."
             )
         return targets
+
+    def draw(self, outputs: Iterable[Tensor], batch: int) -> Tensor:
+        """Labels from p(y|f), (n, samples, ...)."""
+        seed, found, source = (self.seed + self.batches.number(batch)) % (1 << 63), list[Tensor](), None
+        for f in outputs:
+            source = source or torch.Generator(f.device).manual_seed(seed)
+            found.append(torch.stack([self.likelihood.sample(f, source) for _ in range(self.samples)], 1))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def note(self, batch: int, inputs: Any) -> None:
         """Labels drawn for one sample are not those of another: refuse batches that changed since they were drawn."""

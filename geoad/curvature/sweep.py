@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -109,16 +110,17 @@ def sweep(
     step = 0 if page is None else page.step
     room = max_memory // max(4, first(x).element_size())
 
-    def numbers(sample: Linearized, count: int) -> int:
-        rows = sample.outline(count)
-        return rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
+    def numbers(sample: Linearized, found: Portion | Seeds, count: int) -> int:
+        rows, used = sample.outline(count), count * sample.outputs[0].numel()
+        used += found.numbers_of_a_sample if isinstance(found, Seeds) else 0
+        return used + rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
 
     def taken(plan: Plan, batch: Batch, part: slice) -> tuple[int, int]:
         """Hand out the rows of some samples: how many these are, and what each needs. Nothing of them is left behind."""
         chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
         found = seeds(chunk.outputs, take(batch.labels, part))
-        each = numbers(chunk, _count(found))
-        _hand_out(chunk, found, each, numbers(chunk, 1), room, consumers)
+        each = numbers(chunk, found, _count(found))
+        _hand_out(chunk, found, each, numbers(chunk, found, 1), room, consumers)
         return chunk.outputs.shape[0], each
 
     known: Linearized | None = None
@@ -126,7 +128,8 @@ def sweep(
         for batch in batches:
             sample, start = plans.trial(batch.inputs), 0
             if not step or (known is not None and sample is not known):  # samples of another form need another room
-                step = fitting(room, numbers(sample, _count(seeds(sample.outputs, take(batch.labels, slice(0, 1))))), most=most)
+                found = seeds(sample.outputs, take(batch.labels, slice(0, 1)))
+                step = fitting(room, numbers(sample, found, _count(found)), most=most)
             known = sample
             while start < batch.size:
                 if compiled is not None and (done := compiled(sample.plan, batch, start, step, consumers)):
@@ -155,7 +158,7 @@ def _hand_out(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, ro
     room = room // chunk.outputs.shape[0]
     if each > room and count > 1:
         # the seed itself, and as much again as its rows for what the backward pass works with
-        width = 2 * max(1, -(-(each - one) // (count - 1))) + seeds.columns[0, 0].numel()
+        width = 2 * max(1, -(-(each - one) // (count - 1))) + math.prod(seeds.shape)
         step = even(count, min(count, fitting(room, width, one)))
     for start in range(0, max(1, count), max(1, step)):
         s, signs = seeds.part(slice(start, start + step))

@@ -81,8 +81,7 @@ class Derivative:
             return self.push(self.layout.unravel(eye)).reshape(d, -1).mT
         found = first(self.x).new_empty(self.shape[0], each, d)
         batches = (Batch(size, inputs, None) for size, inputs, _ in self.batches.sized())
-        units: Callable[[Tensor, Any], Seeds] = lambda f, _: Seeds.of_diagonal(torch.ones_like(f))
-        sweep(Plans(self.outputs, self.x), batches, units, [_Written(found)], max_memory=self.max_memory)
+        sweep(Plans(self.outputs, self.x), batches, _each_output, [_Written(found)], max_memory=self.max_memory)
         return found.flatten(0, 1)
 
     def rows(self, beside: Numbers | None = None) -> Iterator[Rows]:
@@ -90,6 +89,10 @@ class Derivative:
         batches = (Batch(size, inputs, None) for size, inputs, _ in self.batches.sized())
         plans = Plans(self.outputs, self.x)
         return (rows for rows, _ in rows_of(plans, batches, lambda f, _: (_units(f), None), self.max_memory, beside))
+
+
+def _each_output(f: Tensor, _: Any) -> Seeds:
+    return Seeds.of_diagonal(torch.ones_like(f))
 
 
 class _Written:

@@ -13,6 +13,7 @@ from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.conditions import holds
+from geoad.kernels.memory import fitting, require_memory
 from geoad.params import flatten
 
 __all__ = ["Loss", "OutputMatrix"]
@@ -139,8 +140,11 @@ class Loss(Likelihood):
             t = unit.reshape(outputs.shape[1:]).expand_as(outputs)
             return self.hessian(outputs, targets, t).reshape(n, size)
 
+        remedy = "Use representation='implicit', which takes no root, or a likelihood such as Categorical(axis=...)."
+        what = f"the Hessians of a loss in the {size} outputs of {n} samples, and their roots,"
+        require_memory(4 * n * size**2 * outputs.element_size(), what, outputs, remedy)
         units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-        return products.mapped(column, units).movedim(0, -1)
+        return products.mapped(column, units, fitting(_TOGETHER, n * size)).movedim(0, -1)
 
     def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         local, _ = signed_root(wide(self.matrix(outputs, targets)), "the Hessian of the loss in the outputs")
@@ -166,6 +170,10 @@ class Loss(Likelihood):
                     f"{int(leaf.isnan().sum())} of {leaf.numel()} targets are nan. The curvature would be nan throughout; drop "
                     "these samples."
                 )
+
+
+_TOGETHER = 1 << 20
+"""Numbers of columns that are made together."""
 
 
 def _is_weighted_mean(loss: Any) -> bool:
