@@ -15,7 +15,7 @@ from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.layered import Linearized, Outputs, glance, linearize, trial
-from geoad.kernels.memory import MOST, even, fitting
+from geoad.kernels.memory import MOST, even, fitting, report
 from geoad.kernels.rows import Plan, Rows
 from geoad.params import Blocks, Layout, first
 
@@ -103,12 +103,14 @@ def sweep(
 
     The number of samples that are taken together follows from what the first one needs, so that the rows and what the
     consumers make of them stay within `max_memory` bytes; it is at least one and not more than `most`. Where one sample is too
-    much, its seeds are made and pulled in portions; a single one is always taken, and so is a tuple of seeds as a whole.
+    much, its seeds are made and pulled in portions; a single one is always taken, and so is a tuple of seeds as a whole. What
+    is decided is logged.
     """
     x = plans.x
     layout = Layout({name: block.shape for name, block in x.items()})
     step = 0 if page is None else page.step
-    room = max_memory // max(4, first(x).element_size())
+    width = max(4, first(x).element_size())
+    room = max_memory // width
 
     def numbers(sample: Linearized, found: Portion | Seeds, count: int) -> int:
         rows, used = sample.outline(count), count * sample.outputs[0].numel()
@@ -129,7 +131,10 @@ def sweep(
             sample, start = plans.trial(batch.inputs), 0
             if not step or (known is not None and sample is not known):  # samples of another form need another room
                 found = seeds(sample.outputs, take(batch.labels, slice(0, 1)))
-                step = fitting(room, numbers(sample, found, _count(found)), most=most)
+                each = numbers(sample, found, _count(found))
+                step = fitting(room, each, most=most)
+                least = numbers(sample, found, 1) if isinstance(found, Seeds) else each
+                report(step, width * each, width * least, max_memory)
             known = sample
             while start < batch.size:
                 if compiled is not None and (done := compiled(sample.plan, batch, start, step, consumers)):

@@ -15,7 +15,7 @@ from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.layered import Outputs, linearize
 from geoad.kernels.linear import Repeated
-from geoad.kernels.memory import MOST, even, fitting
+from geoad.kernels.memory import MOST, even, fitting, report
 from geoad.kernels.rows import Rows
 from geoad.params import Blocks, Layout, add, first
 
@@ -148,24 +148,26 @@ def rows_of(
     is always taken.
     """
     layout = Layout({name: block.shape for name, block in plans.x.items()})
-    room = max_memory // max(4, first(plans.x).element_size())
+    width = max(4, first(plans.x).element_size())
 
-    def most(rows: Rows) -> int:
-        return fitting(room, rows.numbers_of_a_sample() + (0 if beside is None else beside(rows)), most=MOST)
+    def each(rows: Rows) -> int:
+        return width * (rows.numbers_of_a_sample() + (0 if beside is None else beside(rows)))
 
     step = 0
     for batch in batches:
         plan, start = plans.of(batch.inputs), 0
         if not step:
             sample = plans.trial(batch.inputs)
-            step = most(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+            size = each(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+            step = fitting(max_memory, size, most=MOST)
+            report(step, size, size, max_memory)
         while start < batch.size:
             part = slice(start, start + even(batch.size - start, step))
             linearized = linearize(plans.outputs, layout, plans.x, take(batch.inputs, part), plan)
             found = seeds(linearized.outputs, take(batch.labels, part))
             rows = linearized.pull(found[0])
             yield rows, found
-            start, step = start + rows.samples, most(rows)
+            start, step = start + rows.samples, fitting(max_memory, each(rows), most=MOST)
             del linearized, found, rows  # before the next ones are made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from geoad.errors import GeometryError
 
-__all__ = ["MOST", "bytes_of", "even", "fitting", "require_memory"]
+__all__ = ["MOST", "bytes_of", "even", "fitting", "report", "require_memory"]
+
+logger = logging.getLogger("geoad")
 
 _REMEDY = "Use another representation: 'kfac', 'diagonal' or 'implicit'."
 
@@ -62,6 +65,27 @@ def even(count: int, most: int) -> int:
     (5, 3, 10, 1)
     """
     return -(-count // -(-count // most)) if count else 1
+
+
+def report(count: int, each: int, least: int, bound: int, what: str = "samples") -> None:
+    """Log how many things are taken together, and that a single one is too much.
+
+    Args:
+        count: the number.
+        each: bytes for one of them.
+        least: bytes for the smallest portion of one.
+        bound: ``max_memory=``, in bytes, or the share of it that is meant for this.
+        what: their name.
+    """
+    logger.info("%d %s at a time, %d bytes each, within %d bytes", count, what, each, bound)
+    if least > bound:
+        logger.warning(
+            "max_memory leaves %d bytes for what is worked on, and one of the %s alone takes %d: they are taken one by one. "
+            "Pass a larger max_memory=, or take a representation that needs less ('implicit').",
+            bound,
+            what,
+            least,
+        )
 
 
 def require_memory(size: int, what: str, like: Tensor, remedy: str = _REMEDY) -> None:
