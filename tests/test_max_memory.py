@@ -72,7 +72,7 @@ def test_jacobians_in_portions_of_outputs() -> None:
     def outputs(theta: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(geo.wrapped, theta, (x,))
 
-    blocks = torch.func.jacrev(outputs)({name: each.detach() for name, each in p.components.items()})
+    blocks = torch.func.jacrev(outputs)({name: each.detach() for name, each in p.blocks.items()})
     expected = torch.cat([each.reshape(7 * 4 * 5, -1) for each in blocks.values()], -1)
     for max_memory in (1, 1 << 14, 1 << 28):
         found = geoad.FunctionSpace(geo, [x[:3], x[3:]], max_memory=max_memory).jacobian(p).to_dense()
@@ -113,7 +113,7 @@ def test_many_classes(representation: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_labels_are_the_same_ones(labels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     geo, x = sequences()
     p = geo.point()
-    monkeypatch.setattr(network, "_portion", lambda sample: 3)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    monkeypatch.setattr(network, "_portion", lambda shape: 3)
 
     def value(representation: str, max_memory: int) -> Tensor:
         source = torch.Generator().manual_seed(1)
@@ -130,7 +130,7 @@ def test_labels_are_the_same_ones(labels: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_chunk_is_gone_before_the_next_one_is_made() -> None:
     geo, x = sequences()
-    theta = {name: each.detach() for name, each in geo.point().components.items()}
+    theta = {name: each.detach() for name, each in geo.point().blocks.items()}
     alive: list[Any] = []
 
     class Watching:
@@ -224,7 +224,7 @@ orthogonal = nn.utils.parametrizations.orthogonal
 nets = {
     "outputs": (nn.Sequential(nn.Linear(20, 512), nn.ReLU(), nn.Linear(512, 50)), torch.randn(600, 20)),
     "turned": (nn.Sequential(orthogonal(nn.Linear(40, 40)), nn.Linear(40, 5)), torch.randn(100, 40)),
-    "tokens": (Positions(4, 300), torch.randint(50, (1, 8))),
+    "tokens": (Positions(8, 300), torch.randint(50, (1, 8))),
     "classes": (Positions(16, 1000), torch.randint(50, (512, 16))),
 }
 def fisher(geo, **options):

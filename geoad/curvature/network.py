@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from geoad.charts import Chart
 from geoad.curvature.build import build, require_chart
 from geoad.curvature.combine import described
 from geoad.curvature.compiled import Chunks, require_compilable
-from geoad.curvature.likelihoods.roots import Seeds
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample
 from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
 from geoad.curvature.resume import Page
@@ -164,10 +164,10 @@ class NetworkCurvature(OutputCurvature):
     def _seen(self, x: Blocks, inputs: Any, plans: Plans | None) -> Iterator[Tensor]:
         """The outputs in portions, which are the same ones however they are evaluated: labels are drawn from one at a time."""
         if plans is None:
-            yield from (whole := self._finite(x, inputs)).split(_portion(whole[0]))
+            yield from (whole := self._finite(x, inputs)).split(_portion(whole.shape))
             return
         sample, size = plans.trial(inputs), batch_size(inputs)
-        step = _portion(sample.outputs[0])
+        step = _portion(sample.outputs.shape)
         each = sample.outline(1).numbers_of_a_sample() * sample.outputs.element_size()
         some = min(step, fitting(self.max_memory, each))
         for start in range(0, size, step):
@@ -245,9 +245,9 @@ class NetworkCurvature(OutputCurvature):
         return next(inputs for _, inputs, _ in self.batches.sized())
 
 
-def _portion(sample: Tensor) -> int:
+def _portion(outputs_shape: Sequence[int]) -> int:
     """Samples whose labels are drawn together: the same number however much memory there is, for the order matters."""
-    return max(1, (1 << 20) // max(1, sample.numel()))
+    return max(1, (1 << 20) // max(1, numbers_of_a_sample(outputs_shape)))
 
 
 def _selected(select: Callable[[Tensor], Any], outputs: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class Categorical(Likelihood):
     def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         logits = wide(outputs).movedim(self.axis, -1)
         mass = None if targets is None else self._mass(outputs, targets).movedim(self.axis, -1).sqrt()
-        if logits[0].numel() * (logits.shape[-1] - 1) > _MANY:
+        if math.prod(logits.shape[1:]) * (logits.shape[-1] - 1) > _MANY:
             return Seeds(_Columns.of(logits, mass, outputs.dtype), tuple(logits.shape[1:]), self.axis)
         local = _softmax_root(logits).to(outputs.dtype)
         return Seeds.at_positions(local if mass is None else mass * local, axis=self.axis)
