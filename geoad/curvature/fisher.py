@@ -67,7 +67,11 @@ class Fisher(NetworkCurvature):
         generator: where the labels come from ("mc"). It is asked once, for a seed: the field is one function of the point, the
             same at every call and in every chart, until `resample`.
         outputs: which function of the network's outputs parametrises the likelihood: indices of classes, or a callable.
-        max_memory: bytes that intermediate results may take; more than one sample at a time does not go beyond.
+        max_memory: bytes that intermediate results may take beside the result, by a model of what is held. It decides how many
+            samples are taken together, and of one sample that is too much how many of its seeds; both are at least one. The
+            logger "geoad" tells the numbers (INFO), and where a single one takes more (WARNING). What the allocator keeps of
+            freed memory, some tens of MB, comes on top, and "dense" takes its result twice while it is put together. Products
+            of "implicit" go batch by batch, however large the batches of the data are.
         progress: show a progress bar over the samples (needs tqdm).
         compile: let torch compile the work on a chunk of samples, at the first evaluation and where the network or the form
             of its inputs has changed since. Offered for "diagonal", where it pays if values are asked for thousands of times

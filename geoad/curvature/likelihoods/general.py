@@ -88,7 +88,8 @@ class Loss(Likelihood):
             reduction="none", for their mean is divided by the weights of the whole batch.
 
     A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions. Its
-    root is made of all C² numbers, with C outputs; where there are many positions, a `Likelihood` takes far less.
+    root is made of all C² numbers, with C outputs, and refused where these do not fit into the machine; where there are many
+    positions, a `Likelihood` takes far less.
     A loss has no distribution over labels, so it has no exact and no Monte-Carlo Fisher.
 
     >>> import torch
