@@ -90,7 +90,7 @@ def _pass(field: NetworkCurvature, plans: Plans, waiting: list[Collector], log: 
         page = None if log is None else log.page(consumers)
         sweep(
             plans,
-            field.swept(plans.x, page),
+            field.swept(plans.x, page, plans),
             lambda f, y: _inspected(field, plans.x, f, y),
             consumers,
             max_memory=field.max_memory,

@@ -73,11 +73,16 @@ class _EigenFactors(_Factors):
             self.diagonal.add(rows, signs)
             return
         super().add(rows, signs)
-        self.held += rows.samples * rows.numbers_of_a_sample() * self.task.like.element_size()
-        if self.kept is not None:
-            self.kept.append((rows, signs))
-        if self.held > self.task.max_memory:
+        if self.kept is None:
+            return
+        self.held += rows.nbytes
+        self.kept.append((rows, signs))
+        if self.held > self.task.max_memory // 2:
             self.kept = None
+
+    def numbers_of_a_sample(self, rows: Rows) -> int:
+        """With as much for the rows that are kept as for those that come."""
+        return super().numbers_of_a_sample(rows) + (0 if self.kept is None else rows.numbers_of_a_sample())
 
     def state(self) -> dict[str, Tensor]:
         return super().state() if self.bases is None else self.diagonal.state()

@@ -67,7 +67,11 @@ class Fisher(NetworkCurvature):
         generator: where the labels come from ("mc"). It is asked once, for a seed: the field is one function of the point, the
             same at every call and in every chart, until `resample`.
         outputs: which function of the network's outputs parametrises the likelihood: indices of classes, or a callable.
-        max_memory: bytes that intermediate results may take; more than one sample at a time does not go beyond.
+        max_memory: bytes that intermediate results may take beside the result, by a model of what is held. It decides how many
+            samples are taken together, and of one sample that is too much how many of its seeds; both are at least one. The
+            logger "geoad" tells the numbers (INFO), and where a single one takes more (WARNING). What the allocator keeps of
+            freed memory, some tens of MB, comes on top, and "dense" takes its result twice while it is put together. Products
+            of "implicit" go batch by batch, however large the batches of the data are.
         progress: show a progress bar over the samples (needs tqdm).
         compile: let torch compile the work on a chunk of samples, at the first evaluation and where the network or the form
             of its inputs has changed since. Offered for "diagonal", where it pays if values are asked for thousands of times
@@ -155,16 +159,22 @@ class Fisher(NetworkCurvature):
         if self.kind == "exact":
             return None
         if self.kind == "mc":
-            if self.drawn is not None:
-                return self.drawn[batch]
-            source = torch.Generator(outputs.device).manual_seed((self.seed + self.batches.number(batch)) % (1 << 63))
-            return torch.stack([self.likelihood.sample(outputs, source) for _ in range(self.samples)], 1)
+            assert self.drawn is not None
+            return self.drawn[batch]
         if targets is None:
             raise GeometryError(
                 f"Fisher(kind={self.kind!r}) needs the labels of the data, found none. Pass data=(x, y); kind='exact' and "
                 "kind='mc' need none."
             )
         return targets
+
+    def draw(self, outputs: Iterable[Tensor], batch: int) -> Tensor:
+        """Labels from p(y|f), (n, samples, ...)."""
+        seed, found, source = (self.seed + self.batches.number(batch)) % (1 << 63), list[Tensor](), None
+        for f in outputs:
+            source = source or torch.Generator(f.device).manual_seed(seed)
+            found.append(torch.stack([self.likelihood.sample(f, source) for _ in range(self.samples)], 1))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def note(self, batch: int, inputs: Any) -> None:
         """Labels drawn for one sample are not those of another: refuse batches that changed since they were drawn."""

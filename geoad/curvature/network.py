@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -14,15 +14,15 @@ from geoad.charts import Chart
 from geoad.curvature.build import build, require_chart
 from geoad.curvature.combine import described
 from geoad.curvature.compiled import Chunks, require_compilable
-from geoad.curvature.likelihoods.roots import Seeds
+from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample
 from geoad.curvature.pullback import OutputCurvature, Part
 from geoad.curvature.representations import Dense, Implicit, representation_of
 from geoad.curvature.resume import Page
 from geoad.curvature.sweep import Batch, Plans
-from geoad.data import Batches, refuse_spoilt, spoilt_by
+from geoad.data import Batches, batch_size, refuse_spoilt, spoilt_by, take
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
-from geoad.kernels.memory import bytes_of
+from geoad.kernels.memory import bytes_of, fitting
 from geoad.kernels.spread import Exchange
 from geoad.params import Blocks, is_traced, is_wrapped
 
@@ -107,6 +107,10 @@ class NetworkCurvature(OutputCurvature):
         """What A needs to know of a batch beside its outputs."""
         return None
 
+    def draw(self, outputs: Iterable[Tensor], batch: int) -> Any:
+        """What A needs to know of a batch, where that follows from its outputs, which come in portions of samples."""
+        raise NotImplementedError
+
     def note(self, batch: int, inputs: Any) -> None:
         """Hook: a pass over the data comes to this batch."""
 
@@ -145,26 +149,49 @@ class NetworkCurvature(OutputCurvature):
         """w: 1/N for the mean, 1 for the sum."""
         return 1 / self.batches.total if self.reduction == "mean" else 1.0
 
-    def swept(self, x: Blocks, page: Page | None = None) -> Iterator[Batch]:
-        """The batches with what A needs to know of them at the point `x`; with a `page`, those that are still to be done."""
+    def swept(self, x: Blocks, page: Page | None = None, plans: Plans | None = None) -> Iterator[Batch]:
+        """The batches with what A needs to know of them at the point `x`; with a `page`, those that are still to be done.
+
+        Where that takes the outputs, they are evaluated a few samples at a time with `plans`, else for a batch at once.
+        """
         for i, (size, inputs, targets) in enumerate(self.batches.sized()):
             if page is not None and not page.saw(inputs, targets):
                 continue
             self.note(i, inputs)
             require_as_many(targets, size)
-            yield Batch(size, inputs, self._fixed(x, inputs, targets, i))
+            yield Batch(size, inputs, self._fixed(x, inputs, targets, i, plans))
 
-    def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int) -> Any:
+    def _fixed(self, x: Blocks, inputs: Any, targets: Any, batch: int, plans: Plans | None) -> Any:
         if not self.needs_outputs:
             return self.labels(torch.empty(0, device="cpu"), targets, batch)
         with torch.no_grad():
-            outputs = self.outputs(x, inputs)
-            self.inspect(outputs, x)
-            # labels drawn before that is looked at: no kernel of a device is given numbers that end the process
-            return self.labels(outputs.where(outputs.isfinite(), 0.0), targets, batch)
+            return self.draw(self._seen(x, inputs, plans), batch)
+
+    def _seen(self, x: Blocks, inputs: Any, plans: Plans | None) -> Iterator[Tensor]:
+        """The outputs in portions, which are the same ones however they are evaluated: labels are drawn from one at a time."""
+        if plans is None:
+            yield from (whole := self._finite(x, inputs)).split(_portion(whole.shape))
+            return
+        sample, size = plans.trial(inputs), batch_size(inputs)
+        step = _portion(sample.outputs.shape)
+        each = sample.outline(1).numbers_of_a_sample() * sample.outputs.element_size()
+        some = min(step, fitting(self.max_memory, each))
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            parts = [self._finite(x, take(inputs, slice(i, min(i + some, stop)))) for i in range(start, stop, some)]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _finite(self, x: Blocks, inputs: Any) -> Tensor:
+        """The outputs, 0 where they are not finite: this is looked at after labels have been drawn.
+
+        No kernel of a device is given numbers that end the process.
+        """
+        outputs = self.outputs(x, inputs)
+        self.inspect(outputs, x)
+        return outputs.where(outputs.isfinite(), 0.0)
 
     needs_outputs: bool = False
-    """`labels` looks at the outputs."""
+    """Labels are drawn, see `draw`."""
 
     uses_targets: bool = True
     """A depends on the targets."""
@@ -225,6 +252,11 @@ class NetworkCurvature(OutputCurvature):
     def some_inputs(self) -> Any:
         """The inputs of the first batch."""
         return next(inputs for _, inputs, _ in self.batches.sized())
+
+
+def _portion(outputs_shape: Sequence[int]) -> int:
+    """Samples whose labels are drawn together: the same number however much memory there is, for the order matters."""
+    return max(1, (1 << 20) // max(1, numbers_of_a_sample(outputs_shape)))
 
 
 def _selected(select: Callable[[Tensor], Any], outputs: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from geoad.data import take
 from geoad.errors import GeometryError
 from geoad.kernels.jacobians import batched
 from geoad.kernels.layered import Linearized, Outputs, glance, linearize, trial
+from geoad.kernels.memory import MOST, even, fitting, report
 from geoad.kernels.rows import Plan, Rows
 from geoad.params import Blocks, Layout, first
 
@@ -91,7 +93,7 @@ def sweep(
     consumers: Sequence[Consumer],
     *,
     max_memory: int,
-    most: int = 1024,
+    most: int = MOST,
     progress: bool = False,
     total: int | None = None,
     page: Page | None = None,
@@ -101,26 +103,38 @@ def sweep(
 
     The number of samples that are taken together follows from what the first one needs, so that the rows and what the
     consumers make of them stay within `max_memory` bytes; it is at least one and not more than `most`. Where one sample is too
-    much, its seeds are made and pulled in portions; a single one is always taken, and so is a tuple of seeds as a whole.
+    much, its seeds are made and pulled in portions; a single one is always taken, and so is a tuple of seeds as a whole. What
+    is decided is logged.
     """
     x = plans.x
     layout = Layout({name: block.shape for name, block in x.items()})
     step = 0 if page is None else page.step
-    room = max_memory // max(4, first(x).element_size())
+    width = max(4, first(x).element_size())
+    room = max_memory // width
 
-    def numbers(sample: Linearized, count: int) -> int:
-        rows = sample.outline(count)
-        return rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
+    def numbers(sample: Linearized, found: Portion | Seeds, count: int) -> int:
+        rows, used = sample.outline(count), count * sample.outputs[0].numel()
+        used += found.numbers_of_a_sample if isinstance(found, Seeds) else 0
+        return used + rows.numbers_of_a_sample() + max((c.numbers_of_a_sample(rows) for c in consumers), default=0)
 
-    def fitting(each: int) -> int:
-        return max(1, min(most, room // max(1, each)))
+    def taken(plan: Plan, batch: Batch, part: slice) -> tuple[int, int]:
+        """Hand out the rows of some samples: how many these are, and what each needs. Nothing of them is left behind."""
+        chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
+        found = seeds(chunk.outputs, take(batch.labels, part))
+        each = numbers(chunk, found, _count(found))
+        _hand_out(chunk, found, each, numbers(chunk, found, 1), room, consumers)
+        return chunk.outputs.shape[0], each
 
     known: Linearized | None = None
     with progress_bar(progress, total) as bar:
         for batch in batches:
             sample, start = plans.trial(batch.inputs), 0
             if not step or (known is not None and sample is not known):  # samples of another form need another room
-                step = fitting(numbers(sample, _count(seeds(sample.outputs, take(batch.labels, slice(0, 1))))))
+                found = seeds(sample.outputs, take(batch.labels, slice(0, 1)))
+                each = numbers(sample, found, _count(found))
+                step = fitting(room, each, most=most)
+                least = numbers(sample, found, 1) if isinstance(found, Seeds) else each
+                report(step, width * each, width * least, max_memory)
             known = sample
             while start < batch.size:
                 if compiled is not None and (done := compiled(sample.plan, batch, start, step, consumers)):
@@ -128,17 +142,10 @@ def sweep(
                     if bar is not None:
                         bar.update(done)
                     continue
-                part = slice(start, start + _even(batch.size - start, step))
-                chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), sample.plan)
-                found = seeds(chunk.outputs, take(batch.labels, part))
-                each = numbers(chunk, _count(found))
-                for rows, signs in _pulled(chunk, found, each, numbers(chunk, 1), room):
-                    for consumer in consumers:
-                        consumer.add(rows, signs)
-                start += chunk.outputs.shape[0]
+                done, each = taken(sample.plan, batch, slice(start, start + even(batch.size - start, step)))
+                start, step = start + done, fitting(room, each, most=most)
                 if bar is not None:
-                    bar.update(chunk.outputs.shape[0])
-                step = fitting(each)
+                    bar.update(done)
             if page is not None:
                 page.done(step)
 
@@ -147,26 +154,27 @@ def _count(seeds: Portion | Seeds) -> int:
     return len(seeds) if isinstance(seeds, Seeds) else len(seeds[0])
 
 
-def _pulled(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int) -> Iterator[tuple[Rows, Tensor | None]]:
+def _hand_out(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int, consumers: Sequence[Consumer]) -> None:
     """The rows of a chunk, as many seeds at a time as have `room`; all take `each` numbers a sample, a single one `one`."""
     if not isinstance(seeds, Seeds):
-        yield chunk.pull(seeds[0]), seeds[1]
+        _give(consumers, chunk.pull(seeds[0]), seeds[1])
         return
     count, step = len(seeds), len(seeds)
     room = room // chunk.outputs.shape[0]
     if each > room and count > 1:
         # the seed itself, and as much again as its rows for what the backward pass works with
-        width = 2 * max(1, -(-(each - one) // (count - 1))) + seeds.columns[0, 0].numel()
-        step = _even(count, min(count, max(1, (room - one) // width)))
+        width = 2 * max(1, -(-(each - one) // (count - 1))) + math.prod(seeds.shape)
+        step = even(count, min(count, fitting(room, width, one)))
     for start in range(0, max(1, count), max(1, step)):
         s, signs = seeds.part(slice(start, start + step))
-        rows = chunk.pull(s)
-        yield rows if start == 0 else replace(rows, further=True), signs
+        _give(consumers, chunk.pull(s), signs, further=start > 0)
 
 
-def _even(left: int, step: int) -> int:
-    """`left` samples or seeds in as few portions as `step` allows, of one size."""
-    return -(-left // -(-left // step))
+def _give(consumers: Sequence[Consumer], rows: Rows, signs: Tensor | None, further: bool = False) -> None:
+    """Hand out rows; whoever calls this does not hold them, so that they are gone before the next ones are made."""
+    rows = replace(rows, further=True) if further else rows
+    for consumer in consumers:
+        consumer.add(rows, signs)
 
 
 class _Bar(Protocol):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from geoad.curvature.sweep import Batch, Plans, Portion
+from geoad.curvature.likelihoods.roots import Seeds
+from geoad.curvature.sweep import Batch, Plans, Portion, sweep
 from geoad.data import Batches, refuse_spoilt, take
 from geoad.kernels import products
 from geoad.kernels.finite import FirstLook
 from geoad.kernels.layered import Outputs, linearize
 from geoad.kernels.linear import Repeated
+from geoad.kernels.memory import MOST, even, fitting, report
 from geoad.kernels.rows import Rows
 from geoad.params import Blocks, Layout, add, first
 
@@ -85,11 +86,8 @@ class Derivative:
             eye = torch.eye(d, dtype=first(self.x).dtype, device=first(self.x).device)
             return self.push(self.layout.unravel(eye)).reshape(d, -1).mT
         found = first(self.x).new_empty(self.shape[0], each, d)
-        start, offsets = 0, self.layout.offsets()
-        for rows in self.rows(beside=lambda rows: rows.seeds * max(rows.layout.sizes)):
-            for name, columns in offsets.items():
-                found[start : start + rows.samples, :, columns] = rows.explicit(name).to(found.dtype)
-            start += rows.samples
+        batches = (Batch(size, inputs, None) for size, inputs, _ in self.batches.sized())
+        sweep(Plans(self.outputs, self.x), batches, _each_output, [_Written(found)], max_memory=self.max_memory)
         self._looks[0]({}, {"": found})
         return found.flatten(0, 1)
 
@@ -98,6 +96,30 @@ class Derivative:
         batches = (Batch(size, inputs, None) for size, inputs, _ in self.batches.sized())
         plans = Plans(self.outputs, self.x)
         return (rows for rows, _ in rows_of(plans, batches, lambda f, _: (_units(f), None), self.max_memory, beside))
+
+
+def _each_output(f: Tensor, _: Any) -> Seeds:
+    return Seeds.of_diagonal(torch.ones_like(f))
+
+
+class _Written:
+    """Rows, written down as those of one output after another of one sample after another: (N, K, d)."""
+
+    def __init__(self, result: Tensor) -> None:
+        self.result, self.samples, self.seeds = result, slice(0, 0), 0
+
+    def add(self, rows: Rows, signs: Tensor | None) -> None:
+        """Write the rows of the next outputs of the same samples, or of the first ones of the next."""
+        if not rows.further:
+            self.samples, self.seeds = slice(self.samples.stop, self.samples.stop + rows.samples), 0
+        seeds = slice(self.seeds, self.seeds + rows.seeds)
+        self.seeds = seeds.stop
+        for name, columns in rows.layout.offsets().items():
+            self.result[self.samples, seeds, columns] = rows.explicit(name).to(self.result.dtype)
+
+    def numbers_of_a_sample(self, rows: Rows) -> int:
+        """The rows of a block, once more."""
+        return rows.seeds * max(rows.layout.sizes)
 
 
 def _part(outputs: Outputs, x: Blocks, size: int, inputs: object, room: int) -> _Part:
@@ -132,26 +154,25 @@ def rows_of(
     So many samples are taken together that the rows, and what is made `beside` them, stay within `max_memory` bytes; one sample
     is always taken.
     """
-    layout, width = Layout({name: block.shape for name, block in plans.x.items()}), max(4, first(plans.x).element_size())
+    layout = Layout({name: block.shape for name, block in plans.x.items()})
+    width = max(4, first(plans.x).element_size())
 
-    def most(rows: Rows) -> int:
-        each = rows.numbers_of_a_sample() + (0 if beside is None else beside(rows))
-        return max(1, min(_MOST, max_memory // (max(1, each) * width)))
+    def each(rows: Rows) -> int:
+        return width * (rows.numbers_of_a_sample() + (0 if beside is None else beside(rows)))
 
     step = 0
     for batch in batches:
         plan, start = plans.of(batch.inputs), 0
         if not step:
             sample = plans.trial(batch.inputs)
-            step = most(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+            size = each(sample.outline(len(seeds(sample.outputs, take(batch.labels, slice(0, 1)))[0])))
+            step = fitting(max_memory, size, most=MOST)
+            report(step, size, size, max_memory)
         while start < batch.size:
-            portions = math.ceil((batch.size - start) / step)  # of one size
-            part = slice(start, start + math.ceil((batch.size - start) / portions))
+            part = slice(start, start + even(batch.size - start, step))
             linearized = linearize(plans.outputs, layout, plans.x, take(batch.inputs, part), plan)
             found = seeds(linearized.outputs, take(batch.labels, part))
             rows = linearized.pull(found[0])
             yield rows, found
-            start, step = start + rows.samples, most(rows)
-
-
-_MOST = 1024
+            start, step = start + rows.samples, fitting(max_memory, each(rows), most=MOST)
+            del linearized, found, rows  # before the next ones are made

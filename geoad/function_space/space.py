@@ -57,7 +57,8 @@ class FunctionSpace:
         data: (x, y), x alone as a tensor, a mapping, a list of batches or a ``DataLoader`` that does not shuffle; targets are
             left aside.
         outputs: which function of the network's outputs is meant: indices of classes, a `Difference`, or a callable.
-        max_memory: bytes that intermediate results, and what is kept for further products at a point, may take.
+        max_memory: bytes that intermediate results, and what is kept for further products at a point, may take. A dense
+            Jacobian is made by portions of the samples, and of the outputs of one; products go batch by batch.
 
     Raises:
         GeometryError: a loader that yields the samples in another order every time, or outputs whose samples do not come first.

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-__all__ = ["dependencies", "nodes", "once_differentiable"]
+__all__ = ["dependencies", "nodes", "numbers_held", "once_differentiable"]
 
 
 def nodes(tensors: Iterable[Tensor]) -> list[Any]:
@@ -39,6 +40,38 @@ def dependencies(tensors: Iterable[Tensor], above: Iterable[Any] | None = None) 
         if isinstance(variable, Tensor):
             found[id(variable)] = variable
     return list(found.values())
+
+
+def numbers_held(found: Iterable[Any]) -> tuple[int, int]:
+    """About how many numbers a graph of these nodes holds, and how many the most expensive of them works with going back.
+
+    >>> import torch
+    >>> from geoad.kernels.graph import nodes, numbers_held
+    >>> x = torch.ones(5, requires_grad=True)
+    >>> numbers_held(nodes([x.exp()]))
+    (5, 10)
+    """
+    held, most, seen = 0, 0, set[int]()
+    for node in found:
+        saved = [each for each in _saved(node) if each.data_ptr() not in seen]
+        seen |= {each.data_ptr() for each in saved}
+        numbers = sum(each.numel() for each in saved)
+        held, most = held + numbers, max(most, _WORKING.get(type(node).__name__, 2) * numbers)
+    return held, most
+
+
+_WORKING = {"LinalgMatrixExpBackward0": 40, "LinalgHouseholderProductBackward0": 8, "LinalgSolveExBackward0": 4}
+"""How many times what it holds an operation works with, where that is much: an exponential goes back by a larger one."""
+
+
+def _saved(node: Any) -> list[Tensor]:
+    """The tensors that a node holds."""
+    try:
+        values = [getattr(node, name) for name in dir(type(node)) if name.startswith("_saved_")]
+    except RuntimeError:  # overwritten in place since: whoever goes back this way is told
+        return []
+    flat = [one for each in values for one in (cast("Any", each) if isinstance(each, (tuple, list)) else (each,))]
+    return [each for each in flat if isinstance(each, Tensor) and each.layout is torch.strided]
 
 
 def once_differentiable(found: Iterable[Any]) -> str | None:

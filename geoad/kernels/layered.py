@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geoad.kernels import products, rules
 from geoad.kernels.bags import SpelledOutPadding
-from geoad.kernels.graph import dependencies
+from geoad.kernels.graph import dependencies, nodes, numbers_held
 from geoad.kernels.jacobians import batched, rebuilt
 from geoad.kernels.ladder import at_top_level, climb, one_by_one, watched
 from geoad.kernels.norms import SpelledOut
@@ -70,7 +70,8 @@ def glance(outputs: Outputs, x: Blocks, sample: Any) -> Glance:
             return Glance(
                 layout, everything.without_structure(f"an operation that fails where parameters are constants ({why})")
             )
-        hidden = {id(leaf) for leaf in dependencies([f])}
+        above = nodes([f])
+        hidden = {id(leaf) for leaf in dependencies([f], above)}
     seen = {name for use in tap.uses for name in use.names} - set(tap.others) - tap.overwritten()
     covered = frozenset(name for name in seen if id(leaves[name]) not in hidden)
     for name in seen - covered:
@@ -78,7 +79,8 @@ def glance(outputs: Outputs, x: Blocks, sample: Any) -> Glance:
     for name in tap.overwritten():
         tap.others.setdefault(name, []).append("an operation that changes the input of the layer in place")
     kept = [(use, a) for each, a in zip(tap.uses, tap.inputs, strict=True) if (use := each.only(covered)) is not None]
-    plan = Plan([use for use, _ in kept], covered, {name: tap.others.get(name, []) for name in x if name not in covered})
+    others = {name: tap.others.get(name, []) for name in x if name not in covered}
+    plan = Plan([use for use, _ in kept], covered, others, *(numbers_held(above) if others else ()))
     return Glance(layout, plan, f.detach(), [a.detach().unsqueeze(0) for _, a in kept])
 
 

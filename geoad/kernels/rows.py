@@ -29,11 +29,15 @@ class Plan:
         uses: the tapped operations of these blocks, in the order in which they run.
         covered: these blocks.
         others: the blocks that are not covered -> the functions that see them otherwise (none if they are not used).
+        graph: how many numbers the graph of those holds for a sample.
+        working: how many are needed for a sample and a seed to go back through it.
     """
 
     uses: list[Use]
     covered: frozenset[str]
     others: dict[str, list[str]]
+    graph: int = field(default=0, repr=False, compare=False)
+    working: int = field(default=0, repr=False, compare=False)
 
     def coverage(self) -> dict[str, str]:
         """For each block the rules that cover it, or the functions that prevent it."""
@@ -48,7 +52,7 @@ class Plan:
     def without_structure(self, why: str = "") -> Plan:
         """The plan that covers nothing: every block is differentiated generically, which is always right."""
         reason = [why] if why else []
-        return Plan([], frozenset(), dict.fromkeys(self.covered, reason) | self.others)
+        return Plan([], frozenset(), dict.fromkeys(self.covered, reason) | self.others, self.graph, self.working)
 
 
 _RULE_NAMES = {
@@ -132,8 +136,16 @@ class Rows:
     def numbers_of_a_sample(self) -> int:
         """How many numbers are held for each sample: what went in, what came back, and rows that are explicit."""
         # back twice, for kernels stack it; and about four numbers of the graph for each output
-        kept = [each.a[0].numel() + (2 * self.seeds + 4) * math.prod(each.use.shape) for each in self.uses]
-        return sum(kept) + 3 * sum(each[0].numel() for each in self.others.values())  # pulled, stacked, and in the graph
+        graph = max(4 * sum(math.prod(each.use.shape) for each in self.uses), self.plan.graph)
+        kept = [each.a[0].numel() + 2 * self.seeds * math.prod(each.use.shape) for each in self.uses]
+        generic = 3 * sum(each[0].numel() for each in self.others.values())  # pulled, stacked, and in the graph
+        return graph + sum(kept) + generic + self.seeds * self.plan.working
+
+    @property
+    def nbytes(self) -> int:
+        """What is held."""
+        held = [each.a.nbytes + sum(back.nbytes for back in each.back) for each in self.uses]
+        return sum(held) + sum(each.nbytes for each in self.others.values())
 
     def of(self, name: str) -> list[UseRows]:
         """The uses of a block; none if it is not covered."""

@@ -22,6 +22,7 @@ from geoad.kernels.jacobians import batched
 from geoad.kernels.kernel_gram import Features, Group, features
 from geoad.kernels.layered import Linearized, linearize, trial
 from geoad.kernels.layers import layers_of
+from geoad.kernels.memory import MOST, fitting, report
 from geoad.kernels.rows import Plan, Rows
 from geoad.kernels.uses import EmbeddingUse
 from geoad.params import Blocks, Layout, equal
@@ -278,20 +279,25 @@ class Form:
             many |= {name for group in self.groups if group.weighted for name in group.names}
         explicit = sum(sizes[name] for name in generic)
         once = sum(sizes[name] for name in many - generic)
-        return signals + seeds * (4 * explicit + 2 * once)
+        return signals + seeds * (4 * explicit + 2 * once + plan.working) + plan.graph
 
 
 def chunks(data: Data, theta: Blocks, form: Form, start: int = 0, partners: int = 1) -> Iterator[Chunk]:
     """The rows of all samples from `start` on, a few samples at a time."""
     layout, first = Layout({name: block.shape for name, block in theta.items()}), 0
     shapes: set[torch.Size] = set()
+    known: Plan | None = None
     for size, inputs, _ in data.batches.sized():
         sample = data.trial(theta, inputs)
         plan, shape = sample.plan, sample.outputs.shape[1:]
         shapes.add(shape)
         _require_one_shape(shapes)
         seeds = math.prod(shape)
-        step = max(1, min(_MOST, form.memory // max(1, form.numbers(plan, layout, seeds) * _width(theta))))
+        each = form.numbers(plan, layout, seeds) * _width(theta)
+        step = fitting(form.memory, each, most=MOST)
+        if plan is not known:
+            report(step, each, each, form.memory)
+        known = plan
         places = seeds // shape[-1] if shape else 1
         for low in range(max(0, start - first), size, step):
             high = min(low + step, size)
@@ -300,10 +306,9 @@ def chunks(data: Data, theta: Blocks, form: Form, start: int = 0, partners: int 
             dual = plain if form.is_plain else form.of(rows, True, places, partners)
             del rows
             yield Chunk(slice(first + low, first + high), outputs.detach(), plain, dual)
+            del outputs, plain, dual  # before the next ones are made
         first += size
 
-
-_MOST = 512
 
 _FEW = 4
 """With fewer outputs, layers with a weighted metric are multiplied out."""

@@ -57,7 +57,8 @@ def ntk(
         contract: "none"; "trace", the sum :math:`\sum_c K_{nc,mc}`; or "diagonal", the kernel of each output by itself. The
             last two cost as much less as there are fewer numbers.
         representation: "dense", or "implicit" for a matrix-free operator (one data set).
-        max_memory: bytes for everything beside the result; fewer means more passes over the data.
+        max_memory: bytes for everything beside the result; fewer means more passes over the data. All outputs of a sample are
+            taken together: where that is more, the logger "geoad" warns.
         progress: show a progress bar (needs tqdm).
 
     Returns:

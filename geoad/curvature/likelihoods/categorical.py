@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -94,10 +95,12 @@ class Categorical(Likelihood):
         return self._mass(outputs, targets).movedim(self.axis, -1).unsqueeze(-1) * blocks
 
     def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
-        local = _softmax_root(wide(outputs).movedim(self.axis, -1)).to(outputs.dtype)
-        if targets is not None:
-            local = self._mass(outputs, targets).movedim(self.axis, -1).sqrt() * local
-        return Seeds.at_positions(local, axis=self.axis)
+        logits = wide(outputs).movedim(self.axis, -1)
+        mass = None if targets is None else self._mass(outputs, targets).movedim(self.axis, -1).sqrt()
+        if math.prod(logits.shape[1:]) * (logits.shape[-1] - 1) > _MANY:
+            return Seeds(_Columns.of(logits, mass, outputs.dtype), tuple(logits.shape[1:]), self.axis)
+        local = _softmax_root(logits).to(outputs.dtype)
+        return Seeds.at_positions(local if mass is None else mass * local, axis=self.axis)
 
     def columns(self, outputs_shape: Sequence[int]) -> int:
         return positions(outputs_shape, self.axis) * max(outputs_shape[self.axis] - 1, 0)
@@ -188,16 +191,76 @@ class Categorical(Likelihood):
         return self._probabilities(outputs, targets).sum(self.axis, keepdim=True)
 
 
-def _softmax_root(logits: Tensor) -> Tensor:
-    """The columns of the Cholesky factor of diag(p) - ppᵀ: (..., c) -> (c - 1, ..., c)."""
-    c, tiny = logits.shape[-1], math.log(torch.finfo(logits.dtype).tiny)
+_MANY = 1 << 20
+"""Above so many numbers of a sample, columns are made when they are asked for."""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of the Cholesky factors of diag(p) - ppᵀ at P positions, times some number for each position.
+
+    Attributes:
+        log_p, log_tail: log p and log s, (n, P, c).
+        mass: the number, (n, P, 1).
+        dtype: that of the columns.
+    """
+
+    log_p: Tensor
+    log_tail: Tensor
+    mass: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, logits: Tensor, mass: Tensor | None, dtype: torch.dtype) -> _Columns:
+        """From logits (n, ..., c)."""
+        log_p, log_tail = (each.flatten(1, -2) if each.ndim > 2 else each.unsqueeze(1) for each in _logarithms(logits))
+        mass = torch.ones_like(log_p[..., :1]) if mass is None else mass.to(log_p.dtype).reshape(*log_p.shape[:2], 1)
+        return cls(log_p, log_tail, mass, dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c - 1, n, P, c)."""
+        return (self.log_p.shape[-1] - 1, *self.log_p.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the logits."""
+        return self.log_p.device
+
+    def scaled(self, factor: float | Tensor) -> _Columns:
+        """Times a number, or one for each sample, (n, 1, 1)."""
+        return replace(self, mass=factor * self.mass)
+
+    def at(self, column: Tensor, position: Tensor) -> Tensor:
+        """(k, n, c)."""
+        log_p, log_tail = self.log_p, self.log_tail
+        parts = log_p[:, position, column], log_tail[:, position, column], log_tail[:, position, column + 1]
+        diagonal, factor = (each.mT.unsqueeze(-1) for each in _entries(*parts))
+        place = column[:, None, None]
+        below = torch.arange(log_p.shape[-1], device=column.device) > place
+        found = torch.where(below, -factor * log_p.transpose(0, 1)[position].exp(), 0.0)
+        found = found.scatter(-1, place.expand_as(diagonal), diagonal)
+        return (found * self.mass.transpose(0, 1)[position]).to(self.dtype)
+
+
+def _logarithms(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log p, and those of the tails of p."""
     # a floor for classes of probability zero (logit -inf): differences of logarithms stay finite, their exponentials vanish
     log_p = logits.log_softmax(-1).clamp(min=torch.finfo(logits.dtype).min / 8)
-    log_tail = log_p.flip(-1).logcumsumexp(-1).flip(-1)
-    here, tail, rest = log_p[..., :-1], log_tail[..., :-1], log_tail[..., 1:]
-    diagonal = (0.5 * (here + rest - tail)).exp()
+    return log_p, log_p.flip(-1).logcumsumexp(-1).flip(-1)
+
+
+def _entries(here: Tensor, tail: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry of a column on the diagonal, and the factor of those below, from log p_k, log s_k and log s_{k+1}."""
     # p_i is at most the rest: where it does not underflow, this factor is below tiny^-½
-    factor = (0.5 * (here - tail - rest)).clamp(max=-0.5 * tiny).exp()
+    most = -0.5 * math.log(torch.finfo(here.dtype).tiny)
+    return (0.5 * (here + rest - tail)).exp(), (0.5 * (here - tail - rest)).clamp(max=most).exp()
+
+
+def _softmax_root(logits: Tensor) -> Tensor:
+    """The columns of the Cholesky factor of diag(p) - ppᵀ: (..., c) -> (c - 1, ..., c)."""
+    c, (log_p, log_tail) = logits.shape[-1], _logarithms(logits)
+    diagonal, factor = _entries(log_p[..., :-1], log_tail[..., :-1], log_tail[..., 1:])
     columns = -factor.movedim(-1, 0).unsqueeze(-1) * log_p.exp()  # (c - 1, ..., c)
     below = torch.ones(c - 1, c, dtype=torch.bool, device=logits.device).triu(1)  # i > k
     columns.mul_(below.reshape(c - 1, *(1,) * (logits.ndim - 1), c))

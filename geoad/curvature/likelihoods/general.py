@@ -13,6 +13,7 @@ from geoad.curvature.likelihoods.roots import Seeds, numbers_of_a_sample, signed
 from geoad.errors import GeometryError
 from geoad.kernels import products
 from geoad.kernels.conditions import holds
+from geoad.kernels.memory import fitting, require_memory
 from geoad.module.misfit import MISFITS, refuse_targets
 from geoad.params import flatten
 
@@ -88,7 +89,8 @@ class Loss(Likelihood):
             reduction="none", for their mean is divided by the weights of the whole batch.
 
     A sample is one factor, whatever its axes: the Hessian of the loss is not taken to be block diagonal over the positions. Its
-    root is made of all C² numbers, with C outputs; where there are many positions, a `Likelihood` takes far less.
+    root is made of all C² numbers, with C outputs, and refused where these do not fit into the machine; where there are many
+    positions, a `Likelihood` takes far less.
     A loss has no distribution over labels, so it has no exact and no Monte-Carlo Fisher. Where values can be read, a loss of
     several samples that is neither the mean nor the sum of theirs is refused.
 
@@ -147,8 +149,11 @@ class Loss(Likelihood):
             t = unit.reshape(outputs.shape[1:]).expand_as(outputs)
             return self.hessian(outputs, targets, t).reshape(n, size)
 
+        remedy = "Use representation='implicit', which takes no root, or a likelihood such as Categorical(axis=...)."
+        what = f"the Hessians of a loss in the {size} outputs of {n} samples, and their roots,"
+        require_memory(4 * n * size**2 * outputs.element_size(), what, outputs, remedy)
         units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-        return products.mapped(column, units).movedim(0, -1)
+        return products.mapped(column, units, fitting(_TOGETHER, n * size)).movedim(0, -1)
 
     def seeds(self, outputs: Tensor, targets: Any = None) -> Seeds:
         local, _ = signed_root(wide(self.matrix(outputs, targets)), "the Hessian of the loss in the outputs")
@@ -194,6 +199,10 @@ class Loss(Likelihood):
                 "labels that are not ignored, or over class weights, is divided by a number of the whole batch. Use "
                 "reduction='sum' or 'none' in it, F.cross_entropy as it is, or Categorical(ignore_index=...)."
             )
+
+
+_TOGETHER = 1 << 20
+"""Numbers of columns that are made together."""
 
 
 def _is_weighted_mean(loss: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
 from geoad.params import is_wrapped
 
-__all__ = ["Portion", "Seeds", "numbers_of_a_sample", "of_samples", "positions", "signed_root", "wide"]
+__all__ = ["Columns", "Portion", "Seeds", "numbers_of_a_sample", "of_samples", "positions", "signed_root", "wide"]
 
 
 def wide(outputs: Tensor) -> Tensor:
@@ -42,6 +43,28 @@ Portion = tuple[Tensor, Tensor | None]
 """(s, signs): seeds s (k, n, ..., c), and their signs (k, n) where not all are +1."""
 
 
+class Columns(Protocol):
+    """Columns of a root that are made when they are asked for: with many classes all of them are too many."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(m, n, P, c), as of the tensor that they stand for."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are made."""
+        ...
+
+    def at(self, column: Tensor, position: Tensor) -> Tensor:
+        """Some of them, (k, n, c): the one with this number at this position, for k pairs."""
+        ...
+
+    def scaled(self, factor: float | Tensor) -> Columns:
+        """Times a number, or one for each sample, (n, 1, 1)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Seeds:
     """The seeds of A = Σ_k σ_k s_k s_kᵀ for every sample, made when they are asked for.
@@ -50,7 +73,7 @@ class Seeds:
     zero elsewhere. All seeds are P² m c numbers a sample, what they are made of is P m c.
 
     Attributes:
-        columns: (m, n, P, c), m columns for every position.
+        columns: (m, n, P, c), m columns for every position; a tensor, or what makes them.
         shape: the axes of a sample, with the one that the columns run along at the end.
         axis: where that axis is in the outputs (n, ...).
         column_signs: σ as (m, n, P), or None where all are +1.
@@ -62,7 +85,7 @@ class Seeds:
             [1., 1., 1.]]))
     """
 
-    columns: Tensor
+    columns: Tensor | Columns
     shape: tuple[int, ...]
     axis: int = -1
     column_signs: Tensor | None = None
@@ -90,9 +113,16 @@ class Seeds:
     def __len__(self) -> int:
         return self.columns.shape[0] * self.columns.shape[2]
 
+    @property
+    def numbers_of_a_sample(self) -> int:
+        """How many numbers are held for each sample: all columns, if they are a tensor."""
+        m, _, count, c = self.columns.shape
+        return m * count * c if isinstance(self.columns, Tensor) else 4 * count * c
+
     def scaled(self, factor: float | Tensor) -> Seeds:
         """Those of factor² A; the factor may differ between samples, (n, 1, 1)."""
-        return replace(self, columns=factor * self.columns)
+        columns = self.columns
+        return replace(self, columns=factor * columns if isinstance(columns, Tensor) else columns.scaled(factor))
 
     def all(self) -> Portion:
         """All of them."""
@@ -103,15 +133,19 @@ class Seeds:
         m, n, count, c = self.columns.shape
         index = torch.arange(m * count, device=self.columns.device)[which]
         if count == 1:
-            s = self.columns[which]
+            s = self.columns[which] if isinstance(self.columns, Tensor) else self.columns.at(index, torch.zeros_like(index))
         else:
-            values = self.columns.permute(0, 2, 1, 3)[index % m, index // m]
+            values = _at(self.columns, index % m, index // m)
             # zeros are put in, not multiplied: an infinite entry must not make its neighbours nan
             s = values.new_zeros(len(index), count, n, c)
             s = s.index_put_((torch.arange(len(index), device=s.device), index // m), values).transpose(1, 2)
         # the axis counts from the front of the outputs or from their end; the seeds have one axis more in front
         s = s.reshape(len(index), n, *self.shape).movedim(-1, self.axis + 1 if self.axis >= 0 else self.axis)
         return s, None if self.column_signs is None else self.column_signs.permute(0, 2, 1)[index % m, index // m]
+
+
+def _at(columns: Tensor | Columns, column: Tensor, position: Tensor) -> Tensor:
+    return columns.permute(0, 2, 1, 3)[column, position] if isinstance(columns, Tensor) else columns.at(column, position)
 
 
 def signed_root(matrix: Tensor, what: str, indefinite: bool = False) -> tuple[Tensor, Tensor]:
