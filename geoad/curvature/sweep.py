@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -37,6 +37,10 @@ class Consumer(Protocol):
 
     def numbers_of_a_sample(self, rows: Rows) -> int:
         """How many numbers `add` needs for each sample, judged by the rows of some."""
+        ...
+
+    def squared(self, plan: Plan) -> frozenset[int]:
+        """The uses of which `add` needs no more than Σ_k σ_k g_k²."""
         ...
 
 
@@ -132,7 +136,11 @@ def sweep(
                 chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), sample.plan)
                 found = seeds(chunk.outputs, take(batch.labels, part))
                 each = numbers(chunk, _count(found))
-                for rows, signs in _pulled(chunk, found, each, numbers(chunk, 1), room):
+                if chunk.plan is not sample.plan and fitting(each) < chunk.outputs.shape[0]:
+                    step = fitting(each)  # it lost its structure, and is larger than was thought
+                    continue
+                squared = frozenset(range(len(chunk.plan.uses))).intersection(*(c.squared(chunk.plan) for c in consumers))
+                for rows, signs in _pulled(chunk, found, squared, each, numbers(chunk, 1), room):
                     for consumer in consumers:
                         consumer.add(rows, signs)
                 start += chunk.outputs.shape[0]
@@ -147,10 +155,12 @@ def _count(seeds: Portion | Seeds) -> int:
     return len(seeds) if isinstance(seeds, Seeds) else len(seeds[0])
 
 
-def _pulled(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int) -> Iterator[tuple[Rows, Tensor | None]]:
+def _pulled(
+    chunk: Linearized, seeds: Portion | Seeds, squared: Set[int], each: int, one: int, room: int
+) -> Iterator[tuple[Rows, Tensor | None]]:
     """The rows of a chunk, as many seeds at a time as have `room`; all take `each` numbers a sample, a single one `one`."""
     if not isinstance(seeds, Seeds):
-        yield chunk.pull(seeds[0]), seeds[1]
+        yield chunk.pull(*seeds, squared), seeds[1]
         return
     count, step = len(seeds), len(seeds)
     room = room // chunk.outputs.shape[0]
@@ -160,7 +170,7 @@ def _pulled(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room
         step = _even(count, min(count, max(1, (room - one) // width)))
     for start in range(0, max(1, count), max(1, step)):
         s, signs = seeds.part(slice(start, start + step))
-        rows = chunk.pull(s)
+        rows = chunk.pull(s, signs, squared)
         yield rows if start == 0 else replace(rows, further=True), signs
 
 

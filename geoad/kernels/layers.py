@@ -67,7 +67,15 @@ def layers_of(plan: Plan, names: Iterable[str], joint: bool = True) -> tuple[lis
         names: the blocks to arrange.
         joint: a bias goes with its weight where both are always used together.
     """
-    wanted, layers = list(names), list[Layer]()
+    wanted = tuple(names)
+    if (wanted, joint) not in plan.memory:
+        plan.memory[wanted, joint] = _layers_of(plan, wanted, joint)
+    layers, others = plan.memory[wanted, joint]
+    return list(layers), others
+
+
+def _layers_of(plan: Plan, wanted: tuple[str, ...], joint: bool) -> tuple[list[Layer], tuple[str, ...]]:
+    layers = list[Layer]()
     for name in wanted:
         layer = single_layer(plan, name)
         if layer is None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class Plan:
     uses: list[Use]
     covered: frozenset[str]
     others: dict[str, list[str]]
+
+    @cached_property
+    def memory(self) -> dict[Any, Any]:
+        """What has been worked out of the plan, for those who ask for it again with each chunk."""
+        return {}
 
     def coverage(self) -> dict[str, str]:
         """For each block the rules that cover it, or the functions that prevent it."""
@@ -70,16 +76,24 @@ class UseRows:
     Attributes:
         use: the use.
         a: what was recorded (n, ...).
-        back: for each seed, what came back to the output (n, *use.shape).
+        back: for each seed, what came back to the output (n, *use.shape); none if only their squares are there.
+        squares: Σ_k σ_k g_k² (n, *use.shape) instead.
     """
 
     use: Use
     a: Tensor
     back: Sequence[Tensor]
+    squares: Tensor | None = None
 
     def part(self, samples: slice) -> UseRows:
         """That of some samples."""
-        return UseRows(self.use, self.a[samples], [each[samples] for each in self.back])
+        squares = None if self.squares is None else self.squares[samples]
+        return UseRows(self.use, self.a[samples], [each[samples] for each in self.back], squares)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor (n, *use.shape) of the numbers that came back."""
+        return self.back[0] if self.squares is None else self.squares
 
     @cached_property
     def g(self) -> Tensor:
@@ -120,7 +134,7 @@ class Rows:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers."""
-        return self.uses[0].back[0].dtype if self.uses else next(iter(self.others.values())).dtype
+        return self.uses[0].like.dtype if self.uses else next(iter(self.others.values())).dtype
 
     def part(self, samples: slice) -> Rows:
         """The rows of some samples."""
