@@ -68,9 +68,7 @@ def layers_of(plan: Plan, names: Iterable[str], joint: bool = True) -> tuple[lis
         joint: a bias goes with its weight where both are always used together.
     """
     wanted = tuple(names)
-    if (wanted, joint) not in plan.memory:
-        plan.memory[wanted, joint] = _layers_of(plan, wanted, joint)
-    layers, others = plan.memory[wanted, joint]
+    layers, others = plan.once(("layers", wanted, joint), lambda: _layers_of(plan, wanted, joint))
     return list(layers), others
 
 
@@ -92,6 +90,10 @@ def _layers_of(plan: Plan, wanted: tuple[str, ...], joint: bool) -> tuple[list[L
 
 def single_layer(plan: Plan, name: str) -> Layer | None:
     """The layer of one block alone, or None if its uses are not all of one such kind."""
+    return plan.once(("layer", name), lambda: _single_layer(plan, name))
+
+
+def _single_layer(plan: Plan, name: str) -> Layer | None:
     uses = [use for use in plan.uses if name in use.names]
     if name not in plan.covered or not uses or any(use.names.count(name) != 1 or _both(use, name) for use in uses):
         return None

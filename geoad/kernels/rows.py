@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from geoad.kernels.uses import Use
 from geoad.params import Blocks, Layout
 
 __all__ = ["BlockRows", "Plan", "Rows", "UseRows", "joined"]
+
+T = TypeVar("T")
 
 BlockRows = Factored | Tensor
 """The rows of one block for n samples and K seeds: factored, or a tensor (n, K, size)."""
@@ -37,9 +39,14 @@ class Plan:
     others: dict[str, list[str]]
 
     @cached_property
-    def memory(self) -> dict[Any, Any]:
-        """What has been worked out of the plan, for those who ask for it again with each chunk."""
+    def _known(self) -> dict[Hashable, Any]:
         return {}
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute` (), worked out once: it follows from the plan and from `key`, and is asked for again with each chunk."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     def coverage(self) -> dict[str, str]:
         """For each block the rules that cover it, or the functions that prevent it."""

@@ -19,12 +19,14 @@ __all__ = ["add_cross", "add_squares", "coupled", "squared", "squares_in_basis"]
 def squared(plan: Plan, names: Iterable[str]) -> frozenset[int]:
     """The uses of which the sums below need no more than Σ_k w g²: those of layers at one position, and of other blocks."""
     wanted = tuple(names)
-    if ("squared", wanted) not in plan.memory:
-        layers, others = layers_of(plan, wanted)
-        groups = [(_uses_of(plan, layer.names), layer.table) for layer in layers]
-        many = [found for found, table in groups if table or len(found) > 1 or _positions(plan.uses[found[0]]) > 1]
-        plan.memory["squared", wanted] = frozenset(range(len(plan.uses))).difference(*many, _uses_of(plan, others))
-    return plan.memory["squared", wanted]
+    return plan.once(("squared", wanted), lambda: _squared(plan, wanted))
+
+
+def _squared(plan: Plan, names: tuple[str, ...]) -> frozenset[int]:
+    layers, others = layers_of(plan, names)
+    groups = [(_uses_of(plan, layer.names), layer.table) for layer in layers]
+    many = [found for found, table in groups if table or len(found) > 1 or _positions(plan.uses[found[0]]) > 1]
+    return frozenset(range(len(plan.uses))).difference(*many, _uses_of(plan, others))
 
 
 def _uses_of(plan: Plan, names: Iterable[str]) -> list[int]:
