@@ -188,9 +188,7 @@ class _Together(Linearized):
         def evaluate(zeros: list[Tensor], rest: Blocks) -> Any:
             return products.quiet_vmap(single)(batch, zeros, rest)
 
-        plain = at_top_level() and not any(each.requires_grad for each in (*x.values(), *batch))
-        linearized: Any = _by_autograd(evaluate, zeros, others) if plain else None
-        linearized = linearized or torch.func.vjp(evaluate, zeros, others, has_aux=True)
+        linearized: Any = torch.func.vjp(evaluate, zeros, others, has_aux=True)
         self.outputs, self._pull, self.inputs = linearized
         self.plan, self.layout = plan, layout
         self.small = n * len(plan.uses) <= _SMALL
@@ -220,28 +218,6 @@ class _Together(Linearized):
         backs, rest = [each.unbind(0) for each in back], {name: each.unbind(0) for name, each in generic.items()}
         for k in range(len(seeds)):
             yield [each[k] for each in backs], {name: each[k] for name, each in rest.items()}
-
-
-_NO_HOOKS = "vmap doesn't yet support saved tensor hooks"
-"""They would be called when seeds are pulled, outside of vmap. In these words the ladder knows what to do about them."""
-
-
-def _by_autograd(evaluate: Callable[..., Any], zeros: list[Tensor], others: Blocks) -> tuple[Tensor, Any, list[Tensor]] | None:
-    """``torch.func.vjp`` by plain autograd, which is faster, where nobody asks for derivatives of what comes out."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return None
-    leaves = [each.detach().requires_grad_() for each in (*zeros, *others.values())]
-    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(_NO_HOOKS):
-        f, inputs = evaluate(leaves[: len(zeros)], dict(zip(others, leaves[len(zeros) :], strict=True)))
-    own = {id(leaf) for leaf in leaves}
-    if not f.requires_grad or any(id(each) not in own for each in dependencies([f, *inputs])):
-        return None
-
-    def pull(seed: Tensor) -> tuple[list[Tensor], Blocks]:
-        found: Any = torch.autograd.grad(f, leaves, seed, retain_graph=True, materialize_grads=True)
-        return list(found[: len(zeros)]), dict(zip(others, found[len(zeros) :], strict=True))
-
-    return f.detach(), pull, [each.detach() for each in inputs]
 
 
 def _with_square(total: Tensor | None, g: Tensor, sign: Tensor | None) -> Tensor:
