@@ -16,10 +16,10 @@ from geoad.data import take
 from geoad.kernels.factors import EigenSum, KroneckerSum
 from geoad.kernels.gram import GramSum
 from geoad.kernels.jacobians import sample_jacobian
-from geoad.kernels.layered import linearize, plan_of
+from geoad.kernels.layered import _OneByOne, linearize, plan_of  # pyright: ignore[reportPrivateUsage]
 from geoad.kernels.layers import Layer, layers_of
 from geoad.kernels.rows import Plan, Rows
-from geoad.kernels.squares import add_cross, add_squares, coupled
+from geoad.kernels.squares import add_cross, add_squares, coupled, squared
 
 SAMPLES, SEEDS = 5, 3
 
@@ -34,13 +34,22 @@ class Setting:
         f, jacobian = sample_jacobian(geo.evaluate, self.layout, self.x, inputs)
         self.s = torch.randn(SEEDS, *f.shape)
         self.signs = torch.randn(SEEDS, len(f)) if signed else None
-        self.rows = torch.einsum("knc,ncd->nkd", self.s.flatten(2), jacobian.reshape(len(f), -1, self.layout.dim))
+        self.rows = self._explicit(jacobian)
         self.weights = torch.ones(SEEDS, len(f)) if self.signs is None else self.signs
 
-    def chunks(self, *parts: slice) -> Iterator[tuple[Rows, Tensor | None]]:
+    def chunks(self, *parts: slice, alone: frozenset[int] = frozenset()) -> Iterator[tuple[Rows, Tensor | None]]:
+        """Rows of some samples at a time; of the uses `alone` their squares."""
         for part in parts or (slice(0, 3), slice(3, None)):
             linearized = linearize(self.geo.evaluate, self.layout, self.x, take(self.inputs, part), self.plan)
-            yield linearized.pull(self.s[:, part]), None if self.signs is None else self.signs[:, part]
+            signs = None if self.signs is None else self.signs[:, part]
+            yield linearized.pull(self.s[:, part], signs, alone), signs
+
+    def _explicit(self, jacobian: Tensor) -> Tensor:
+        return torch.einsum("knc,ncd->nkd", self.s.flatten(2), jacobian.reshape(len(jacobian), -1, self.layout.dim))
+
+    def at(self, inputs: Tensor) -> Tensor:
+        """The rows at other inputs."""
+        return self._explicit(sample_jacobian(self.geo.evaluate, self.layout, self.x, inputs)[1])
 
     def block(self, name: str) -> Tensor:
         """The rows of one block, (n, K, *shape)."""
@@ -139,6 +148,51 @@ def test_squares(name: str, signed: bool) -> None:
     for rows, signs in case.chunks():
         add_squares(total, rows, signs)
     close(case.layout.ravel(total) - 1, torch.einsum("nki,kn->i", case.rows.square(), case.weights))
+
+
+@every_case
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("small", [0, 512])
+def test_squares_of_signals_are_enough(name: str, signed: bool, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds one by one, of which only Σ_k σ_k g_k² is kept where that is enough, give the numbers of all signals to the bit."""
+    monkeypatch.setattr("geoad.kernels.layered._SMALL", small)
+    case = setting(name, signed)
+    for names in (list(case.x), list(case.x)[::2]):
+        alone = squared(case.plan, names)
+        pairs = coupled(case.plan, names)
+        found: list[list[Tensor]] = []
+        for uses in (alone, frozenset[int]()):
+            total = {block: torch.zeros_like(case.x[block]) for block in names}
+            cross = [torch.zeros(case.layout[layer.names[0]]) for layer in pairs]
+            for rows, signs in case.chunks(alone=uses):
+                assert all((each.squares is not None) == (not each.back) == (i in uses) for i, each in enumerate(rows.uses))
+                add_squares(total, rows, signs)
+                for into, layer in zip(cross, pairs, strict=True):
+                    add_cross(into, layer, rows, signs)
+            found.append([*total.values(), *cross])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_which_signals_are_needed() -> None:
+    """Of layers at one position, and of blocks that nobody asks for, the squares are enough."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(2, 3, 3, groups=1), nn.LayerNorm(6)
+            self.first, self.shared, self.last = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.conv(x).flatten(1))
+            return self.last(self.shared(self.shared(self.first(x)).tanh()))
+
+    geo = geoad.GeoModule(Net())
+    plan = plan_of(geo.evaluate, geo.point().blocks, torch.randn(1, 2, 4))
+    uses = {name: {i for i, use in enumerate(plan.uses) if name in use.names} for name in geo.reference.layout}
+    alone = squared(plan, geo.reference.layout)
+    assert alone == uses["first.weight"] | uses["last.bias"]
+    assert squared(plan, ["first.weight", "last.bias"]) == set(range(len(plan.uses)))
+    assert set(range(len(plan.uses))) - squared(plan, ["conv.bias"]) == uses["conv.bias"]
 
 
 @every_case
@@ -394,8 +448,84 @@ def test_low_precision_is_summed_in_single_precision() -> None:
     assert all(each.left.dtype == each.right.dtype == torch.float32 for each in kron.factors())
 
 
+class _Packed(nn.Module):
+    """Saves what is needed for its derivatives in a form of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("kind", ["plain", "x", "inputs", "inference", "frozen", "hooks", "no grad"])
+def test_rows_whatever_asks_for_a_graph(kind: str) -> None:
+    """Rows have a graph where x or the data do, and nowhere else."""
+    torch.manual_seed(0)
+    net = _Packed() if kind == "hooks" else nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    if kind == "frozen":
+        next(net.parameters()).requires_grad_(False)
+    case = Setting(geoad.GeoModule(net), torch.randn(SAMPLES, 4))
+    if kind == "x":
+        case.x = {name: block.requires_grad_() for name, block in case.x.items()}
+    elif kind == "inputs":
+        case.inputs = case.inputs.clone().requires_grad_()
+    elif kind == "inference":
+        with torch.inference_mode():
+            case.x = {name: block.clone() for name, block in case.x.items()}
+    with torch.set_grad_enabled(kind != "no grad"):
+        (rows, _), *_ = case.chunks(slice(None))
+    total = torch.cat([rows.explicit(name) for name in case.layout], -1)
+    close(total.detach(), case.rows)
+    assert total.requires_grad == (kind in ("x", "inputs"))
+    if kind == "inputs":  # Σ r² by the data: a second derivative
+        (slope,) = torch.autograd.grad(total.square().sum(), case.inputs)
+        shift = torch.zeros_like(slope)
+        shift[1, 2] = 1e-5
+
+        ends = [float(case.at(case.inputs.detach() + sign * shift).square().sum()) for sign in (1, -1)]
+        torch.testing.assert_close(float(slope[1, 2]), (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
 def test_numbers_of_a_sample_grow_with_seeds() -> None:
     case = setting("conv2d")
     linearized = linearize(case.geo.evaluate, case.layout, case.x, case.inputs, case.plan)
     one, three = (linearized.pull(case.s[:k]).numbers_of_a_sample() for k in (1, 3))
     assert 0 < one < three <= 3 * one
+
+
+class _Branches(nn.Module):
+    """Takes another path for some samples, so that they cannot be evaluated together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x) if bool(x.sum() > 0) else 2 * self.lin(x).tanh()
+
+
+@pytest.mark.parametrize("representation", ["diagonal", "dense"])
+def test_a_chunk_that_loses_its_structure_is_taken_in_smaller_ones(
+    representation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, inputs, taken = _Branches(), torch.randn(40, 4), list[int]()
+    pull = _OneByOne.pull
+
+    def counted(self: Any, seeds: Tensor, *rest: Any) -> Rows:
+        taken.append(len(self.outputs))
+        return pull(self, seeds, *rest)
+
+    monkeypatch.setattr(_OneByOne, "pull", counted)
+    geo = geoad.GeoModule(net)
+    field = geoad.curvature.Fisher(geo, inputs, "gaussian", representation=representation, max_memory=8 * 1000)
+    found = geoad.operators.to_dense(field(geo.point()).operator)
+    blocks = [torch.autograd.grad(y, [*net.parameters()], retain_graph=True) for x in inputs for y in net(x[None])[0]]
+    rows = torch.stack([torch.cat([g.flatten() for g in each]) for each in blocks])
+    dense = rows.mT @ rows / len(inputs)
+    close(found, dense if representation == "dense" else dense.diagonal().diag())
+    assert sum(taken) == len(inputs)
+    assert max(taken) * 3 * 15 * 3 <= 1000

@@ -115,9 +115,9 @@ def pulls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     together = layered._Together  # pyright: ignore[reportPrivateUsage]
     plain = together.pull
 
-    def watched(self: Any, seeds: Tensor) -> Any:
+    def watched(self: Any, seeds: Tensor, *rest: Any) -> Any:
         seen.append(len(seeds))
-        return plain(self, seeds)
+        return plain(self, seeds, *rest)
 
     monkeypatch.setattr(together, "pull", watched)
     return seen

@@ -44,7 +44,8 @@ def build(field: NetworkCurvature, x: Blocks, structure: Representation) -> Line
     if field.way is not None and any(isinstance(each, KFAC) for each in _inside(structure)):
         return _layers_of_another_chart(field, field.way(x), structure)
     layout = field.home.layout
-    plans = Plans(field.outputs, x)
+    layered = any(isinstance(each, _LAYERED) for each in _inside(structure))
+    plans = Plans(field.outputs, x, tried=layered)  # other representations do not depend on what there are layers of
     exchange = field.exchange
     call = "" if exchange is None and not resuming() else described(field, structure, x)
     rank, size = (0, 1) if exchange is None else (exchange.rank, exchange.size)
@@ -119,12 +120,16 @@ def _require_one_dtype(x: Blocks) -> None:
         )
 
 
+_LAYERED = (KFAC, QuasiDiagonal)
+"""Representations that are made of the inputs and outputs of layers."""
+
+
 # -- charts ------------------------------------------------------------------------------------------------------------------
 
 
 def require_chart(structure: Representation, home: Chart) -> None:
     """Raise where the structure of layers is asked for in coordinates that have no layers."""
-    wanted = [each for each in _inside(structure) if isinstance(each, (KFAC, QuasiDiagonal))]
+    wanted = [each for each in _inside(structure) if isinstance(each, _LAYERED)]
     if not wanted or home == home.reference:
         return
     lengths = (each for each in _inside(structure) if isinstance(each, LowRank) and each.rank is not None)

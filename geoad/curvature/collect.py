@@ -27,7 +27,7 @@ from geoad.kernels.gram import GramSum
 from geoad.kernels.layers import Layer
 from geoad.kernels.memory import require_memory
 from geoad.kernels.rows import Plan, Rows
-from geoad.kernels.squares import add_cross, add_squares, coupled
+from geoad.kernels.squares import add_cross, add_squares, coupled, squared
 from geoad.operators import LinearOperator
 from geoad.params import Blocks, Layout, first
 
@@ -87,6 +87,10 @@ class Collector(ABC):
     def telling(self) -> Iterable[Tensor]:
         """Numbers to be looked at before more is made of what was taken in this stage (no eigenvectors of nan)."""
         return ()
+
+    def squared(self, plan: Plan) -> frozenset[int]:
+        """The uses of which `add` needs no more than Σ_k σ_k g_k²."""
+        return frozenset()
 
     def finished(self) -> bool:
         """After a sweep: no other one is needed."""
@@ -247,6 +251,10 @@ class _Squares(Collector):
         add_squares(self.total, rows, signs)
         for layer, cross in zip(self.layers, self.cross, strict=True):
             add_cross(cross, layer, rows, signs)
+
+    def squared(self, plan: Plan) -> frozenset[int]:
+        known = set(self.layers) <= set(coupled(plan, list(self.layout)))
+        return squared(plan, self.layout) if known else frozenset()
 
     def state(self) -> dict[str, Tensor]:
         return {f"diagonal {name}": block for name, block in self.total.items()} | {

@@ -17,7 +17,7 @@ from geoad.fields.scalar import ScalarField, require_point
 from geoad.kernels.finite import all_finite
 from geoad.kernels.ladder import at_top_level
 from geoad.kernels.memory import bytes_of
-from geoad.kernels.rows import Rows
+from geoad.kernels.rows import Plan, Rows
 from geoad.module.sources import LossSource
 from geoad.params import Blocks, Layout, first, is_wrapped
 from geoad.tensors import Covector
@@ -154,3 +154,7 @@ class _Written:
     def numbers_of_a_sample(self, rows: Rows) -> int:
         """The rows, once more."""
         return rows.layout.dim
+
+    def squared(self, plan: Plan) -> frozenset[int]:
+        """None: the rows themselves are written."""
+        return frozenset()

@@ -41,6 +41,10 @@ class Consumer(Protocol):
         """How many numbers `add` needs for each sample, judged by the rows of some."""
         ...
 
+    def squared(self, plan: Plan) -> frozenset[int]:
+        """The uses of which `add` needs no more than Σ_k σ_k g_k²."""
+        ...
+
 
 class Page(Protocol):
     """A pass over the data that is written down."""
@@ -122,6 +126,8 @@ def sweep(
         chunk = linearize(plans.outputs, layout, x, take(batch.inputs, part), plan)
         found = seeds(chunk.outputs, take(batch.labels, part))
         each = numbers(chunk, found, _count(found))
+        if chunk.plan is not plan and fitting(room, each, most=most) < chunk.outputs.shape[0]:
+            return 0, each  # it lost its structure, and is larger than was thought
         _hand_out(chunk, found, each, numbers(chunk, found, 1), room, consumers)
         return chunk.outputs.shape[0], each
 
@@ -156,8 +162,9 @@ def _count(seeds: Portion | Seeds) -> int:
 
 def _hand_out(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, room: int, consumers: Sequence[Consumer]) -> None:
     """The rows of a chunk, as many seeds at a time as have `room`; all take `each` numbers a sample, a single one `one`."""
+    squared = frozenset(range(len(chunk.plan.uses))).intersection(*(c.squared(chunk.plan) for c in consumers))
     if not isinstance(seeds, Seeds):
-        _give(consumers, chunk.pull(seeds[0]), seeds[1])
+        _give(consumers, chunk.pull(*seeds, squared), seeds[1])
         return
     count, step = len(seeds), len(seeds)
     room = room // chunk.outputs.shape[0]
@@ -167,7 +174,7 @@ def _hand_out(chunk: Linearized, seeds: Portion | Seeds, each: int, one: int, ro
         step = even(count, min(count, fitting(room, width, one)))
     for start in range(0, max(1, count), max(1, step)):
         s, signs = seeds.part(slice(start, start + step))
-        _give(consumers, chunk.pull(s), signs, further=start > 0)
+        _give(consumers, chunk.pull(s, signs, squared), signs, further=start > 0)
 
 
 def _give(consumers: Sequence[Consumer], rows: Rows, signs: Tensor | None, further: bool = False) -> None:

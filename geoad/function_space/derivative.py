@@ -17,7 +17,7 @@ from geoad.kernels.finite import FirstLook
 from geoad.kernels.layered import Outputs, linearize
 from geoad.kernels.linear import Repeated
 from geoad.kernels.memory import MOST, even, fitting, report
-from geoad.kernels.rows import Rows
+from geoad.kernels.rows import Plan, Rows
 from geoad.params import Blocks, Layout, add, first
 
 __all__ = ["Derivative", "rows_of"]
@@ -120,6 +120,10 @@ class _Written:
     def numbers_of_a_sample(self, rows: Rows) -> int:
         """The rows of a block, once more."""
         return rows.seeds * max(rows.layout.sizes)
+
+    def squared(self, plan: Plan) -> frozenset[int]:
+        """None: the rows themselves are written."""
+        return frozenset()
 
 
 def _part(outputs: Outputs, x: Blocks, size: int, inputs: object, room: int) -> _Part:

@@ -6,7 +6,7 @@ on a chunk of samples; `Linearized.pull` sends seeds back through it and gives t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ __all__ = [
 _ = rules  # the tap knows them from now on
 
 Outputs = Callable[[Blocks, Any], Tensor]
-_Backs = Sequence[Tensor]
+_NONE: Set[int] = frozenset()
 
 
 def plan_of(outputs: Outputs, x: Blocks, sample: Any) -> Plan:
@@ -117,8 +117,8 @@ class Linearized:
         others = {name: self.outputs.new_empty(()).expand(n, seeds, self.layout[name].numel()) for name in self.plan.others}
         return Rows(self.layout, self.plan, uses, others, n, seeds)
 
-    def pull(self, seeds: Tensor) -> Rows:
-        """The rows of seeds (K, n, ..., c)."""
+    def pull(self, seeds: Tensor, signs: Tensor | None = None, squared: Set[int] = _NONE) -> Rows:
+        """The rows of seeds (K, n, ..., c); of the uses in `squared` (by number) only Σ_k σ_k g_k², with the signs σ (K, n)."""
         raise NotImplementedError
 
 
@@ -195,23 +195,37 @@ class _Together(Linearized):
         self.plan, self.layout = plan, layout
         self.small = n * len(plan.uses) <= _SMALL
 
-    def pull(self, seeds: Tensor) -> Rows:
+    def pull(self, seeds: Tensor, signs: Tensor | None = None, squared: Set[int] = _NONE) -> Rows:
+        backs: list[list[Tensor]] = [[] for _ in self.plan.uses]
+        rest: dict[str, list[Tensor]] = {name: [] for name in self.plan.others}
+        sums: list[Tensor | None] = [None for _ in self.plan.uses]
         # torch.func would record a graph of the backward pass as well; it is kept where someone may ask for it
         with torch.set_grad_enabled(self.outputs.requires_grad or not at_top_level()):
-            backs, rest = self._together(seeds) if self.small else self._in_turn(seeds)
+            for k, (back, generic) in enumerate(self._together(seeds) if self.small else map(self._pull, seeds)):
+                for i in reversed(range(len(back))):
+                    g = _wide(back.pop())  # its memory is for the next seed
+                    if i in squared:
+                        sums[i] = _with_square(sums[i], g, None if signs is None else signs[k])
+                    else:
+                        backs[i].append(g)
+                for name, each in generic.items():
+                    rest[name].append(each)
         n, k = self.outputs.shape[0], len(seeds)
-        uses = [UseRows(use, a, [_wide(g) for g in b]) for use, a, b in zip(self.plan.uses, self.inputs, backs, strict=True)]
-        others = {name: _wide(torch.stack(tuple(each), 1).reshape(n, k, -1)) for name, each in rest.items()}
+        uses = [UseRows(*each) for each in zip(self.plan.uses, self.inputs, backs, sums, strict=True)]
+        others = {name: _wide(torch.stack(each, 1).reshape(n, k, -1)) for name, each in rest.items()}
         return Rows(self.layout, self.plan, uses, others, n, k)
 
-    def _together(self, seeds: Tensor) -> tuple[list[_Backs], dict[str, _Backs]]:
+    def _together(self, seeds: Tensor) -> Iterator[tuple[list[Tensor], Blocks]]:
         back, generic = products.mapped(self._pull, seeds)
-        return [each.unbind(0) for each in back], {name: each.unbind(0) for name, each in generic.items()}
+        backs, rest = [each.unbind(0) for each in back], {name: each.unbind(0) for name, each in generic.items()}
+        for k in range(len(seeds)):
+            yield [each[k] for each in backs], {name: each[k] for name, each in rest.items()}
 
-    def _in_turn(self, seeds: Tensor) -> tuple[list[_Backs], dict[str, _Backs]]:
-        pulled = [self._pull(seed) for seed in seeds]
-        backs: list[_Backs] = [[back[i] for back, _ in pulled] for i in range(len(self.plan.uses))]
-        return backs, {name: tuple(generic[name] for _, generic in pulled) for name in self.plan.others}
+
+def _with_square(total: Tensor | None, g: Tensor, sign: Tensor | None) -> Tensor:
+    """total + σ g² for the signs σ (n,) of a seed; `total` may be written into."""
+    bent = g if sign is None else g * sign.to(g.dtype).reshape(-1, *[1] * (g.ndim - 1))
+    return g * bent if total is None else total.addcmul_(g, bent)
 
 
 def _wide(numbers: Tensor) -> Tensor:
@@ -236,7 +250,7 @@ class _OneByOne(Linearized):
         self.outputs, self._pulls = torch.stack([f for f, _ in each]), [pull for _, pull in each]
         self.plan, self.layout, self.inputs = plan.without_structure(), layout, []
 
-    def pull(self, seeds: Tensor) -> Rows:
+    def pull(self, seeds: Tensor, signs: Tensor | None = None, squared: Set[int] = _NONE) -> Rows:
         found = [products.mapped(pull, seeds[:, i]) for i, pull in enumerate(self._pulls)]
         stacked = {name: torch.stack([each[name] for each in found]) for name in self.layout}
         others = {name: _wide(each.reshape(len(found), len(seeds), -1)) for name, each in stacked.items()}

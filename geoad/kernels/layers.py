@@ -67,7 +67,13 @@ def layers_of(plan: Plan, names: Iterable[str], joint: bool = True) -> tuple[lis
         names: the blocks to arrange.
         joint: a bias goes with its weight where both are always used together.
     """
-    wanted, layers = list(names), list[Layer]()
+    wanted = tuple(names)
+    layers, others = plan.once(("layers", wanted, joint), lambda: _layers_of(plan, wanted, joint))
+    return list(layers), others
+
+
+def _layers_of(plan: Plan, wanted: tuple[str, ...], joint: bool) -> tuple[list[Layer], tuple[str, ...]]:
+    layers = list[Layer]()
     for name in wanted:
         layer = single_layer(plan, name)
         if layer is None:
@@ -84,6 +90,10 @@ def layers_of(plan: Plan, names: Iterable[str], joint: bool = True) -> tuple[lis
 
 def single_layer(plan: Plan, name: str) -> Layer | None:
     """The layer of one block alone, or None if its uses are not all of one such kind."""
+    return plan.once(("layer", name), lambda: _single_layer(plan, name))
+
+
+def _single_layer(plan: Plan, name: str) -> Layer | None:
     uses = [use for use in plan.uses if name in use.names]
     if name not in plan.covered or not uses or any(use.names.count(name) != 1 or _both(use, name) for use in uses):
         return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from geoad.kernels.uses import Use
 from geoad.params import Blocks, Layout
 
 __all__ = ["BlockRows", "Plan", "Rows", "UseRows", "joined"]
+
+T = TypeVar("T")
 
 BlockRows = Factored | Tensor
 """The rows of one block for n samples and K seeds: factored, or a tensor (n, K, size)."""
@@ -38,6 +41,16 @@ class Plan:
     others: dict[str, list[str]]
     graph: int = field(default=0, repr=False, compare=False)
     working: int = field(default=0, repr=False, compare=False)
+
+    @cached_property
+    def _known(self) -> dict[Hashable, Any]:
+        return {}
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute` (), worked out once: it follows from the plan and from `key`, and is asked for again with each chunk."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     def coverage(self) -> dict[str, str]:
         """For each block the rules that cover it, or the functions that prevent it."""
@@ -74,16 +87,24 @@ class UseRows:
     Attributes:
         use: the use.
         a: what was recorded (n, ...).
-        back: for each seed, what came back to the output (n, *use.shape).
+        back: for each seed, what came back to the output (n, *use.shape); none if only their squares are there.
+        squares: Σ_k σ_k g_k² (n, *use.shape) instead.
     """
 
     use: Use
     a: Tensor
     back: Sequence[Tensor]
+    squares: Tensor | None = None
 
     def part(self, samples: slice) -> UseRows:
         """That of some samples."""
-        return UseRows(self.use, self.a[samples], [each[samples] for each in self.back])
+        squares = None if self.squares is None else self.squares[samples]
+        return UseRows(self.use, self.a[samples], [each[samples] for each in self.back], squares)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor (n, *use.shape) of the numbers that came back."""
+        return self.back[0] if self.squares is None else self.squares
 
     @cached_property
     def g(self) -> Tensor:
@@ -124,7 +145,7 @@ class Rows:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers."""
-        return self.uses[0].back[0].dtype if self.uses else next(iter(self.others.values())).dtype
+        return self.uses[0].like.dtype if self.uses else next(iter(self.others.values())).dtype
 
     def part(self, samples: slice) -> Rows:
         """The rows of some samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,10 +10,31 @@ from torch import Tensor
 from geoad.kernels.layers import Bases, Layer, explicit_rows, layers_of, numbers_of_rows, portions, rows_of_layer
 from geoad.kernels.positions import inputs_at, signals_at
 from geoad.kernels.rows import Plan, Rows, UseRows, joined
-from geoad.kernels.uses import EmbeddingUse
+from geoad.kernels.uses import EmbeddingUse, Use
 from geoad.params import Blocks
 
-__all__ = ["add_cross", "add_squares", "coupled", "squares_in_basis"]
+__all__ = ["add_cross", "add_squares", "coupled", "squared", "squares_in_basis"]
+
+
+def squared(plan: Plan, names: Iterable[str]) -> frozenset[int]:
+    """The uses of which the sums below need no more than Σ_k w g²: those of layers at one position, and of other blocks."""
+    wanted = tuple(names)
+    return plan.once(("squared", wanted), lambda: _squared(plan, wanted))
+
+
+def _squared(plan: Plan, names: tuple[str, ...]) -> frozenset[int]:
+    layers, others = layers_of(plan, names)
+    groups = [(_uses_of(plan, layer.names), layer.table) for layer in layers]
+    many = [found for found, table in groups if table or len(found) > 1 or _positions(plan.uses[found[0]]) > 1]
+    return frozenset(range(len(plan.uses))).difference(*many, _uses_of(plan, others))
+
+
+def _uses_of(plan: Plan, names: Iterable[str]) -> list[int]:
+    return [i for i, use in enumerate(plan.uses) if not {*names}.isdisjoint(use.names)]
+
+
+def _positions(use: Use) -> int:
+    return signals_at(use, torch.empty(1, *use.shape, device="meta")).shape[2]
 
 
 def add_squares(total: Blocks, rows: Rows, signs: Tensor | None = None) -> None:
@@ -26,14 +47,23 @@ def add_squares(total: Blocks, rows: Rows, signs: Tensor | None = None) -> None:
     weights = None if signs is None else signs.mT.to(rows.dtype)
     layers, others = layers_of(rows.plan, total)
     for layer in layers:
-        for name, squares in _by_block(layer, squares_in_basis(layer, rows, weights)):
+        for name, squares in _by_block(layer, rows, weights):
             total[name] += squares.reshape(total[name].shape).to(total[name].dtype)
     for name in others:
         total[name] += _squares_of_rows(rows, name, weights).reshape(total[name].shape).to(total[name].dtype)
 
 
-def _by_block(layer: Layer, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The values (groups, out, in) of a layer as those of its blocks; its bias is the last input."""
+def _by_block(layer: Layer, rows: Rows, weights: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    """Σ w r² for the blocks of a layer."""
+    uses = layer.uses(rows)
+    if uses and not layer.table and (layer.weight is None or _at_one_position(uses)):
+        left = _squared_signals(uses, weights)
+        if layer.weight is not None:
+            yield layer.weight, layer.arranged(left.mT @ _inputs(uses[0], left.dtype).square())
+        if layer.bias is not None:
+            yield layer.bias, left.sum(1)
+        return
+    values = squares_in_basis(layer, rows, weights)  # the bias is the last input
     if layer.weight is None:
         yield layer.names[0], values
         return
@@ -90,13 +120,13 @@ def squares_in_basis(layer: Layer, rows: Rows, weights: Tensor | None, bases: Ba
         return _of_outer(layer, uses, weights, bases)
     portion = portions(uses, numbers_of_rows(layer, uses))
     squares = (_summed(rows_of_layer(layer, each, bases).square_(), _of(weights, part)) for part, each in portion)
-    groups, _, out = signals_at(uses[0].use, uses[0].back[0][:1]).shape[1:]
+    groups, _, out = signals_at(uses[0].use, uses[0].like[:1]).shape[1:]
     return _total(squares).reshape(groups, out, -1)
 
 
 def _at_one_position(uses: list[UseRows]) -> bool:
     """Rows are outer products."""
-    return len(uses) == 1 and signals_at(uses[0].use, uses[0].back[0][:1]).shape[2] == 1
+    return len(uses) == 1 and signals_at(uses[0].use, uses[0].like[:1]).shape[2] == 1
 
 
 def _of_outer(layer: Layer, uses: list[UseRows], weights: Tensor | None, bases: Bases) -> Tensor:
@@ -113,6 +143,8 @@ def _of_outer(layer: Layer, uses: list[UseRows], weights: Tensor | None, bases: 
 
 def _squared_signals(uses: list[UseRows], weights: Tensor | None, basis: Tensor | None = None) -> Tensor:
     """Σ_k w g², (groups, n, out)."""
+    if uses[0].squares is not None:
+        return signals_at(uses[0].use, uses[0].squares)[:, :, 0].transpose(0, 1)
     total: Tensor | None = None
     for k in range(len(uses[0].back)):
         left = _summed_signals(uses, k)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -121,7 +122,7 @@ class Use:
     bias: Part | None
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The blocks, each once."""
         return tuple(dict.fromkeys(part.name for part in (self.weight, self.bias) if part is not None))
