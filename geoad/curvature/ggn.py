@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from geoad.charts import Chart
-from geoad.curvature.likelihoods import Likelihood, likelihood_of
+from geoad.curvature.likelihoods import Categorical, Likelihood, likelihood_of
 from geoad.curvature.likelihoods.base import seeds_of
 from geoad.curvature.likelihoods.roots import Seeds
+from geoad.curvature.likelihoods.weights import CrossEntropy, cross_entropy_of
 from geoad.curvature.network import NetworkCurvature
 from geoad.curvature.selection import selecting
 from geoad.tensors import Form, Metric
@@ -40,9 +41,9 @@ class GGN(NetworkCurvature):
 
     Averaged over the samples, as the Fisher matrix. A loss of torch is taken as it is: the mean of ``F.mse_loss`` also runs
     over the c outputs, so that its matrix is 2/c times that of "gaussian"; ``torch.nn.MSELoss(reduction="sum")`` adds them up,
-    and its matrix is twice that of "gaussian". The mean of ``F.cross_entropy`` runs over the labels of a batch that are not
-    ignored. ``reduction="sum"`` is N times the mean, whatever the loss; ``geo.loss(F.mse_loss, data, reduction="sum")`` hands
-    it to torch instead: its matrix is that of the module with a sum of its own.
+    and its matrix is twice that of "gaussian". The mean of ``F.cross_entropy`` is weighted by the class weights of the labels
+    of a batch that are not ignored. ``reduction="sum"`` is N times the mean, whatever the loss; ``geo.loss(F.mse_loss, data,
+    reduction="sum")`` hands it to torch instead: its matrix is that of the module with a sum of its own.
 
     >>> import torch, geoad
     >>> geo = geoad.GeoModule(torch.nn.Linear(2, 3))
@@ -67,10 +68,11 @@ class GGN(NetworkCurvature):
         compile: bool = False,
     ) -> None:
         given: Any = likelihood if loss is None else loss
+        self.weighing = cross_entropy_of(given)
         super().__init__(
             geo,
             data,
-            likelihood_of(given),
+            likelihood_of(given) if self.weighing is None else Categorical(axis=1, ignore_index=self.weighing.ignore_index),
             outputs=None if outputs is None else selecting(outputs),
             chart=chart,
             representation=representation,
@@ -80,22 +82,18 @@ class GGN(NetworkCurvature):
             compile=compile,
         )
         self.of_loss = not isinstance(given, (str, Likelihood))
-        self.averaged = getattr(given, "reduction", "mean") == "mean"
-        self.ignored: int | None = getattr(self.likelihood, "ignore_index", None) if self.of_loss and self.averaged else None
+        self.averaged = getattr(self.weighing or given, "reduction", "mean") == "mean"
         self.hessian_type = self.likelihood.hessian_type and not self.structure.imposed
         self.signed = not getattr(self.likelihood, "positive", True)
         self.value_class = Form if self.signed else Metric
 
     def labels(self, outputs: Tensor, targets: Any, batch: int) -> Any:
-        if self.ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.ndim:
-            return targets
-        # torch's mean runs over the labels of this batch that are not ignored, which a chunk of it cannot count
-        counted = (targets != self.ignored).sum().clamp(min=1)
-        return targets, (targets.numel() / counted.double()).expand(len(targets))
+        # a mean of torch is divided by a number of the whole batch, which a chunk of it cannot count
+        return targets if self._unweighed(targets) else (targets, cast(CrossEntropy, self.weighing).shares(targets))
 
-    def _split(self, labels: Any) -> tuple[Any, Tensor | None]:
-        """The targets, and what each sample counts for beside them."""
-        return cast("tuple[Any, Tensor]", labels) if self.ignored is not None and isinstance(labels, tuple) else (labels, None)
+    def _unweighed(self, targets: Any) -> bool:
+        """All positions count the same."""
+        return self.weighing is None or (targets is None and self.weighing.weight is None)
 
     def _factor(self, outputs: Tensor) -> float:
         """What a loss of torch is of the likelihood: its mean also runs over outputs and positions, its sum does not."""
@@ -108,15 +106,15 @@ class GGN(NetworkCurvature):
         return True
 
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
-        targets, share = self._split(labels)
+        targets, share = (labels, None) if self._unweighed(labels) else labels
         targets = targets if self._needs_labels(outputs, targets) else None
         found = seeds_of(self.likelihood, outputs, targets).scaled(self._factor(outputs) ** 0.5)
-        return found if share is None else found.scaled(share.to(outputs.dtype).sqrt()[:, None, None])
+        return found if share is None else found.scaled(share.to(outputs.dtype).sqrt().reshape(len(share), -1, 1))
 
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
         likelihood, factor = self.likelihood, self._factor(outputs)
-        targets, share = self._split(labels)
+        targets, share = (labels, None) if self._unweighed(labels) else labels
         if not self._needs_labels(outputs, targets):
             return factor * likelihood.fisher(outputs, t)
         bent = factor * likelihood.hessian(outputs, targets, t)
-        return bent if share is None else share.to(outputs.dtype).reshape(-1, *[1] * (outputs.ndim - 1)) * bent
+        return bent if share is None else share.to(outputs.dtype).unsqueeze(1) * bent
