@@ -18,8 +18,6 @@ from geoad import maps
 from geoad.curvature import EKFAC, GGN, KFAC, Categorical, Fisher, Gaussian, Hessian
 from geoad.errors import GeometryError, StructureNotPreservedError
 
-torch.set_default_dtype(torch.float64)
-
 EXACT = ("implicit", "dense", "low_rank")
 
 

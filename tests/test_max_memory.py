@@ -141,6 +141,9 @@ def test_a_chunk_is_gone_before_the_next_one_is_made() -> None:
         def numbers_of_a_sample(self, rows: Any) -> int:
             return 0
 
+        def squared(self, plan: Any) -> frozenset[int]:
+            return frozenset()
+
     field = Fisher(geo, x)
     sweep(Plans(field.outputs, theta), field.swept(theta), field.weighted_seeds, [Watching()], max_memory=1)
     assert len(alive) == 7 * 4 * 4

@@ -12,6 +12,7 @@ from torch import Tensor
 import geoad
 from geoad import operators as ops
 from geoad.errors import GeometryError, SingularMetricError
+from geoad.operators import spectra
 from geoad.operators.eigen import lanczos
 from geoad.params import Blocks, Layout
 
@@ -336,3 +337,47 @@ def test_large_operators_refuse_without_allocating() -> None:
     assert float((identity.inverse() @ diagonal).trace()) == pytest.approx(2 * d)
     assert bool(torch.isfinite(identity)) and float(torch.zeros_like(hessian).op.factor) == 0
     assert (hessian + identity).solve(w).chart == chart
+
+
+# -- where LAPACK fails in float32 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+def test_eigenvalues_where_the_algorithm_fails(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh, eigvalsh = torch.linalg.eigh, torch.linalg.eigvalsh
+
+    def failing(matrix: torch.Tensor) -> Any:
+        if matrix.dtype == torch.float64:
+            return eigh(matrix)
+        if how == "raises":
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        values, vectors = eigh(matrix)
+        return values, vectors * float("nan")
+
+    def failing_values(matrix: torch.Tensor) -> torch.Tensor:
+        if matrix.dtype == torch.float64:
+            return eigvalsh(matrix)
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", failing_values)
+    root = torch.randn(3, 6, dtype=torch.float32)
+    matrix = root.mT @ root
+    values, vectors = spectra.symmetric_eigh(matrix)
+    assert values.dtype == vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors @ values.diag() @ vectors.mT, matrix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(spectra.symmetric_eigvals(matrix), eigvalsh(matrix.double()).float())
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (matrix[0], matrix * float("nan")))
+    with pytest.raises(GeometryError, match="LAPACK did not find the eigenvalues"):
+        spectra.symmetric_eigh(matrix)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_matrices_of_low_rank_with_rows_of_zeros(seed: int) -> None:
+    torch.manual_seed(seed)
+    rows = (torch.randn(9, 600) * (torch.rand(600) > 0.5)).float()  # signals of a layer, with units that are off
+    matrix = rows.mT @ rows
+    values, vectors = spectra.symmetric_eigh(matrix)
+    size = float(values.max())
+    torch.testing.assert_close(vectors @ (values.unsqueeze(-1) * vectors.mT), matrix, rtol=0, atol=1e-5 * size)
+    torch.testing.assert_close(spectra.symmetric_eigvals(matrix), values, rtol=0, atol=1e-5 * size)

@@ -23,6 +23,7 @@ from geoad.operators.solve import (
     singular,
     working,
 )
+from geoad.operators.spectra import symmetric_eigvals
 from geoad.params import is_wrapped
 
 __all__ = ["slogdet"]
@@ -59,7 +60,7 @@ def _symmetric_slogdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(3):
         scaled = given / size.unsqueeze(-1) / size.unsqueeze(-2)
         size = size * nonzero(scaled.abs().amax(-1)).sqrt()
-    values = torch.linalg.eigvalsh(matrix / size.unsqueeze(-1) / size.unsqueeze(-2))
+    values = symmetric_eigvals(matrix / size.unsqueeze(-1) / size.unsqueeze(-2))
     zero = values.abs() <= noise(matrix) * math.sqrt(matrix.shape[-1]) * values.abs().amax(-1, keepdim=True)
     values = torch.where(zero, torch.zeros_like(values), values)
     return values.sign().prod(-1), values.abs().log().sum(-1) + 2 * size.log().sum(-1)

@@ -198,7 +198,7 @@ def eigh(
         lower = size.unsqueeze(-1) * lower
         half = torch.linalg.solve_triangular(lower, working(matrix), upper=False)
         whitened = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-        values, basis = torch.linalg.eigh(0.5 * (whitened + whitened.mT))
+        values, basis = symmetric_eigh(0.5 * (whitened + whitened.mT))
         vectors = torch.linalg.solve_triangular(lower.mT, basis, upper=True)
         values, vectors = values.to(matrix.dtype), vectors.to(matrix.dtype)
     values, frame = picked(values, vectors, k, which)

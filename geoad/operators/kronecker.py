@@ -18,7 +18,7 @@ from geoad.operators.numbers import READERS, batch_shape
 from geoad.operators.power import powered
 from geoad.operators.sample import dense_factor, factor_product
 from geoad.operators.solve import check_diagonal, inverted, solve_columns, solved
-from geoad.operators.spectra import matrix_power, powers
+from geoad.operators.spectra import matrix_power, powers, symmetric_eigvals
 from geoad.params import Blocks, Layout
 
 __all__ = ["Kronecker"]
@@ -293,7 +293,7 @@ def _(operator: Kronecker) -> Tensor | None:
     def of(factor: Tensor) -> Tensor:
         if is_diagonal(factor):
             return factor.squeeze(-1)
-        return torch.linalg.eigvalsh(factor) if operator.symmetric else torch.linalg.eigvals(factor)
+        return symmetric_eigvals(factor) if operator.symmetric else torch.linalg.eigvals(factor)
 
     return outer(of(operator.left), of(operator.right)).flatten(-3)
 

@@ -9,29 +9,50 @@ from geoad.errors import GeometryError, SingularMetricError
 from geoad.operators.solve import NOT_POSITIVE, require_finite, working
 from geoad.params import is_wrapped
 
-__all__ = ["matrix_power", "powers", "symmetric_eigh"]
+__all__ = ["matrix_power", "powers", "symmetric_eigh", "symmetric_eigvals"]
 
 
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix (*, n, n), in its dtype.
 
-    Half precision is decomposed in float32. Where LAPACK does not converge in float32 the matrix is decomposed in float64.
+    Half precision is decomposed in float32. Where LAPACK does not converge in float32, or returns nan (it does both for large
+    matrices of low rank with rows of zeros), the matrix is decomposed in float64.
     """
     numbers = working(matrix)
     if is_wrapped({"": matrix}):
         values, vectors = torch.linalg.eigh(numbers)
         return values.to(matrix.dtype), vectors.to(matrix.dtype)
     require_finite(numbers)
+    found = _decomposed(numbers)
+    if found is None and numbers.dtype != torch.float64:
+        found = _decomposed(numbers.double())
+    if found is None:
+        raise GeometryError(
+            f"LAPACK did not find the eigenvalues of a symmetric matrix of shape {tuple(matrix.shape)} in float64. Its "
+            "entries are finite; check their scale, and add a multiple of a metric: B + lam * G."
+        )
+    values, vectors = found
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _decomposed(numbers: Tensor) -> tuple[Tensor, Tensor] | None:
+    """None where the algorithm fails."""
     try:
         values, vectors = torch.linalg.eigh(numbers)
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        if numbers.dtype == torch.float64:
-            raise GeometryError(
-                f"LAPACK did not find the eigenvalues of a symmetric matrix of shape {tuple(matrix.shape)} in float64. Its "
-                "entries are finite; check their scale, and add a multiple of a metric: B + lam * G."
-            ) from error
-        values, vectors = torch.linalg.eigh(numbers.double())
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        return None
+    return (values, vectors) if bool(vectors.isfinite().all()) else None
+
+
+def symmetric_eigvals(matrix: Tensor) -> Tensor:
+    """Eigenvalues, ascending, of a symmetric matrix (*, n, n), in its dtype; where LAPACK fails in float32, by float64."""
+    numbers = working(matrix)
+    try:
+        return torch.linalg.eigvalsh(numbers).to(matrix.dtype)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        if numbers.dtype == torch.float64 or is_wrapped({"": matrix}):
+            raise
+    return torch.linalg.eigvalsh(numbers.double()).to(matrix.dtype)
 
 
 def powers(values: Tensor, p: float, what: str, *, noise: float | Tensor = 0.0) -> Tensor:

@@ -13,7 +13,7 @@ from geoad.operators.determinant import slogdet
 from geoad.operators.inner import diagonal
 from geoad.operators.low_rank import LowRank, signed_rows
 from geoad.operators.solve import NOT_POSITIVE, check_diagonal, densify, inverse, inverted, solved, working
-from geoad.operators.spectra import noise_of, symmetric_eigh
+from geoad.operators.spectra import noise_of, symmetric_eigh, symmetric_eigvals
 from geoad.params import Blocks, is_wrapped, sub
 
 __all__: list[str] = []
@@ -43,7 +43,7 @@ class _Woodbury:
             lower, info = torch.linalg.cholesky_ex(self.middle)
             if not bool(info.any()):
                 return "cholesky", lower
-        values = torch.linalg.eigvalsh(self.middle.detach())
+        values = symmetric_eigvals(self.middle.detach())
         noise = noise_of(values, self.middle.shape[-1])
         if bool((values.abs() <= noise).any()) or not bool(values.isfinite().all()):
             raise SingularMetricError(NOT_POSITIVE.format(what="LowRank operator", detail=" (it is singular)"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from geoad import operators as ops
 from geoad.charts import Point
 from geoad.errors import GeometryError
+from geoad.operators.spectra import symmetric_eigh
 from geoad.tangent.estimates import centred
 from geoad.tangent.kernel import TangentKernel
 from geoad.tensors import Cometric
@@ -34,7 +35,7 @@ def spectrum(kernel: Cometric, k: int | None = None) -> tuple[Tensor, Tensor]:
     """
     op = kernel.op
     if ops.batch_shape(op):
-        values, vectors = torch.linalg.eigh(ops.to_dense(op))
+        values, vectors = symmetric_eigh(ops.to_dense(op))
         chosen = slice(None) if k is None else slice(0, k)
         values, rows = values.flip(-1)[..., chosen], vectors.flip(-1).mT[..., chosen, :]
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from geoad.errors import GeometryError
 from geoad.kernels.conditions import holds
+from geoad.operators.spectra import symmetric_eigh
 from geoad.params import is_wrapped
 
 __all__ = ["Columns", "Portion", "Seeds", "numbers_of_a_sample", "of_samples", "positions", "signed_root", "wide"]
@@ -156,13 +157,17 @@ def signed_root(matrix: Tensor, what: str, indefinite: bool = False) -> tuple[Te
     Raises:
         GeometryError: an eigenvalue is negative beyond rounding and `indefinite` is False.
     """
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = (symmetric_eigh if matrix.shape[-1] > _SAFE else torch.linalg.eigh)(matrix)
     if not indefinite:
         _require_semidefinite(values, what)
         values = values.clamp(min=0)
     signs = torch.where(values < 0, -1.0, 1.0).to(values.dtype)
     columns = vectors * values.abs().sqrt().unsqueeze(-2)
     return columns.movedim(-1, 0), signs.movedim(-1, 0)
+
+
+_SAFE = 128
+"""Small matrices are decomposed without a look at the result, for which a device would be waited for in every batch."""
 
 
 def _require_semidefinite(values: Tensor, what: str) -> None:
