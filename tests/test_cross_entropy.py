@@ -119,4 +119,11 @@ def test_what_is_refused() -> None:
         GGN(geo, (x, None), nn.CrossEntropyLoss(WEIGHT), representation="dense")(geo.point())
     with pytest.raises(GeometryError, match="labels must lie between 0 and 3"):
         GGN(geo, (x, y + 2), nn.CrossEntropyLoss(WEIGHT), representation="dense")(geo.point())
+    for size in (3, 5):
+        with pytest.raises(GeometryError, match="one weight for each class"):
+            GGN(geo, (x, y), nn.CrossEntropyLoss(torch.ones(size)), representation="dense")(geo.point())
+    for wrong in (x[:, 0], y.bool(), torch.rand(N, 3), y[None], torch.tensor(1), y.to(torch.complex64)):
+        for loss in (F.cross_entropy, nn.CrossEntropyLoss(WEIGHT)):
+            with pytest.raises(GeometryError):
+                GGN(geo, (x, wrong), loss, representation="dense")(geo.point())
     assert GGN(geo, (x, None), F.cross_entropy, representation="dense")(geo.point()).to_dense().isfinite().all()

@@ -11,7 +11,7 @@ from geoad.charts import Chart
 from geoad.curvature.likelihoods import Categorical, Likelihood, likelihood_of
 from geoad.curvature.likelihoods.base import seeds_of
 from geoad.curvature.likelihoods.roots import Seeds
-from geoad.curvature.likelihoods.weights import CrossEntropy, cross_entropy_of
+from geoad.curvature.likelihoods.weights import cross_entropy_of
 from geoad.curvature.network import NetworkCurvature
 from geoad.curvature.selection import selecting
 from geoad.tensors import Form, Metric
@@ -89,31 +89,35 @@ class GGN(NetworkCurvature):
 
     def labels(self, outputs: Tensor, targets: Any, batch: int) -> Any:
         # a mean of torch is divided by a number of the whole batch, which a chunk of it cannot count
-        return targets if self._unweighed(targets) else (targets, cast(CrossEntropy, self.weighing).shares(targets))
+        share = None if self.weighing is None else self.weighing.shares(targets)
+        return targets if share is None else (targets, share)
 
-    def _unweighed(self, targets: Any) -> bool:
-        """All positions count the same."""
-        return self.weighing is None or (targets is None and self.weighing.weight is None)
+    def _split(self, labels: Any) -> tuple[Any, Tensor | None]:
+        """The targets, and what each position counts for."""
+        weighed = self.weighing is not None and isinstance(labels, tuple)
+        return cast("tuple[Any, Tensor]", labels) if weighed else (labels, None)
 
     def _factor(self, outputs: Tensor) -> float:
         """What a loss of torch is of the likelihood: its mean also runs over outputs and positions, its sum does not."""
         return self.likelihood.mean_factor(outputs.shape if self.averaged else (1, 1)) if self.of_loss else 1.0
 
     def _needs_labels(self, outputs: Tensor, labels: Any) -> bool:
+        if self.weighing is not None:
+            self.weighing.check(outputs)
         if labels is None and self.likelihood.hessian_type:
             return False
         self.likelihood.check_targets(outputs, labels)
         return True
 
     def seeds(self, outputs: Tensor, labels: Any) -> Seeds:
-        targets, share = (labels, None) if self._unweighed(labels) else labels
+        targets, share = self._split(labels)
         targets = targets if self._needs_labels(outputs, targets) else None
         found = seeds_of(self.likelihood, outputs, targets).scaled(self._factor(outputs) ** 0.5)
         return found if share is None else found.scaled(share.to(outputs.dtype).sqrt().reshape(len(share), -1, 1))
 
     def bend(self, outputs: Tensor, t: Tensor, labels: Any) -> Tensor:
         likelihood, factor = self.likelihood, self._factor(outputs)
-        targets, share = (labels, None) if self._unweighed(labels) else labels
+        targets, share = self._split(labels)
         if not self._needs_labels(outputs, targets):
             return factor * likelihood.fisher(outputs, t)
         bent = factor * likelihood.hessian(outputs, targets, t)

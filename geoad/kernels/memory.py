@@ -1,4 +1,4 @@
-"""Whether a result fits into the machine."""
+"""What fits into memory: the size of portions, and results that are too large for the machine."""
 
 from __future__ import annotations
 

@@ -38,41 +38,54 @@ class CrossEntropy:
                 "Hessian of the loss instead, geoad.curvature.Hessian."
             )
 
-    def shares(self, targets: Any) -> Tensor:
-        """What each position (n, ...) counts for in the mean over the n · ... positions, or in the sum.
+    def check(self, outputs: Tensor) -> None:
+        """Raise if there is not one weight for each class."""
+        if self.weight is not None and outputs.shape[1:2] != self.weight.shape:
+            raise GeometryError(
+                f"class weights of shape {tuple(self.weight.shape)} were given for outputs of shape {tuple(outputs.shape)}, "
+                "with the classes in axis 1. Pass one weight for each class."
+            )
+
+    def shares(self, targets: Any) -> Tensor | None:
+        """What each position (n, ...) counts for in the mean over the n · ... positions, or in the sum; None: all the same.
+
+        Targets that do not fit the outputs are refused where these are known.
 
         Args:
             targets: labels (n, ...) or probabilities (n, c, ...) of a whole batch.
         """
         if not isinstance(targets, Tensor):
+            if self.weight is None:
+                return None
             raise GeometryError(
                 "the loss weighs its samples by their labels, and the data have none. Pass (inputs, targets), or a likelihood "
                 "('categorical') for a curvature without weights."
             )
         weight = None if self.weight is None else self.weight.to(targets.device, torch.float64)
         if targets.is_floating_point():
-            return _of_probabilities(self._smoothed(targets.double(), 1), weight)
+            return self._of_probabilities(targets.double(), weight)
+        if targets.is_complex() or not targets.ndim:
+            return None
         counted = targets != self.ignore_index
         if weight is None:
             share = total = counted.double()
-        else:  # labels out of range are refused where the outputs are known
-            total = weight[targets.clamp(0, len(weight) - 1).long()] * counted
+        else:
+            total = weight[targets.long().clamp(0, len(weight) - 1)] * counted
             share = (1 - self.label_smoothing) * total + self.label_smoothing * weight.mean() * counted
-        return share * (targets.numel() / total.sum().clamp_min(torch.finfo(torch.float64).tiny)) if self.averaged else share
+        if not self.averaged:
+            return share
+        return share * (targets.numel() / total.sum().clamp_min(torch.finfo(torch.float64).tiny))
+
+    def _of_probabilities(self, targets: Tensor, weight: Tensor | None) -> Tensor | None:
+        if weight is None or targets.ndim < 2 or targets.shape[1] != len(weight):
+            return None
+        smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / len(weight)
+        return torch.tensordot(smoothed.movedim(1, -1), weight, 1)
 
     @property
     def averaged(self) -> bool:
         """The loss is a mean."""
         return self.reduction == "mean"
-
-    def _smoothed(self, probabilities: Tensor, axis: int) -> Tensor:
-        return (1 - self.label_smoothing) * probabilities + self.label_smoothing / probabilities.shape[axis]
-
-
-def _of_probabilities(probabilities: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        return torch.ones_like(probabilities.select(1, 0))
-    return torch.tensordot(probabilities.movedim(1, -1), weight, 1)
 
 
 def cross_entropy_of(loss: Any) -> CrossEntropy | None:
