@@ -40,7 +40,7 @@ def likelihood_of(likelihood: Any) -> Likelihood:
     A name: "bernoulli", "categorical", "gaussian" or "poisson". A loss of torch, as a function or as a module, gives the
     likelihood whose -log p it is, with torch's conventions (``F.cross_entropy`` has its classes in axis 1 and ignores -100);
     its ``reduction`` plays no part, see `Likelihood.mean_factor`. Weighted or smoothed ones and every other callable become a
-    `Loss`, which has a Gauss-Newton matrix but no Fisher.
+    `Loss`, which has a Gauss-Newton matrix but no Fisher (`geoad.curvature.GGN` knows the weights of a cross-entropy itself).
 
     Raises:
         GeometryError: it is none of these.
