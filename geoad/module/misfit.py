@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from geoad.errors import GeometryError
 from geoad.kernels.ladder import lacks_derivative
 from geoad.kernels.spelled import without_own_modes
+from geoad.module.survey import unwrapped
 from geoad.params import Blocks, flatten, is_traced, outside_of_transforms
 
 __all__ = ["MISFITS", "refuse_inputs", "refuse_targets"]
@@ -36,7 +37,7 @@ def refuse_inputs(run: Callable[[Blocks, Any], object], theta: Blocks, inputs: A
     def again() -> None:
         nonlocal inputs
         inputs = _bare(inputs)
-        run({name: _bare(block, one=True) for name, block in theta.items()}, inputs)
+        run({name: unwrapped(block, 0).detach() for name, block in theta.items()}, inputs)
 
     found = _plainly(again, error)
     if found is None:
@@ -93,20 +94,20 @@ def _plainly(run: Callable[[], object], error: Exception) -> Exception | None:
     return None
 
 
-def _bare(tree: Any, one: bool = False) -> Any:
-    """The tensors below all transforms: samples that ``vmap`` goes through side by side, or `one` of them."""
+def _bare(tree: Any) -> Any:
+    """The tensors below all transforms, with the samples that ``vmap`` goes through side by side."""
     leaves, build = flatten(tree)
-    return build([_below(leaf, one) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    return build([_below(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
-def _below(tensor: Tensor, one: bool) -> Tensor:
+def _below(tensor: Tensor) -> Tensor:
     if not _functorch.is_functorch_wrapped_tensor(tensor):
         return tensor.detach()
     below = _functorch.get_unwrapped(tensor)
     if not _functorch.is_batchedtensor(tensor):
-        return _below(below, one)
-    moved = _below(below, one).movedim(int(_functorch.maybe_get_bdim(tensor)), 0)
-    return moved[0] if one or moved.ndim == 1 else moved.flatten(0, 1)
+        return _below(below)
+    moved = _below(below).movedim(int(_functorch.maybe_get_bdim(tensor)), 0)
+    return moved[0] if moved.ndim == 1 else moved.flatten(0, 1)
 
 
 _functorch: Any = torch._C._functorch  # pyright: ignore

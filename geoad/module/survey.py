@@ -27,7 +27,7 @@ from geoad.kernels.spelled import without_own_modes
 from geoad.module.support import refuse_modules
 from geoad.params import Blocks, map_blocks
 
-__all__ = ["Survey", "Use"]
+__all__ = ["Survey", "Use", "unwrapped"]
 
 Run = Callable[[Blocks, Any], Any]
 """(coordinates, arguments) to outputs."""
@@ -61,8 +61,8 @@ class Survey:
         refuse_modules(use.net, sampled)
         with _apart(), without_own_modes(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluation that follows will say it
-            bare = map_blocks(lambda block: _bare(block, 0).detach(), theta)  # other objects: a `Tap` looks away
-            samples = [_mapped(args, lambda each, i=i: _bare(each, i)) for i in range(2 if batched else 1)]
+            bare = map_blocks(lambda block: unwrapped(block, 0).detach(), theta)  # other objects: a `Tap` looks away
+            samples = [_mapped(args, lambda each, i=i: unwrapped(each, i)) for i in range(2 if batched else 1)]
             if look:
                 _look_at_few(use, run, bare, samples[0])
                 looked.add((use.training, sampled))
@@ -281,11 +281,11 @@ def _samples(tensor: Tensor) -> int | None:
     return None
 
 
-def _bare(tensor: Tensor, sample: int) -> Tensor:
+def unwrapped(tensor: Tensor, sample: int) -> Tensor:
     """The numbers below all transforms; of a batched tensor those of one sample (the last one, if there are fewer)."""
     if not _functorch.is_functorch_wrapped_tensor(tensor):
         return tensor
-    below = _bare(_functorch.get_unwrapped(tensor), sample)
+    below = unwrapped(_functorch.get_unwrapped(tensor), sample)
     if not _functorch.is_batchedtensor(tensor):
         return below
     axis = int(_functorch.maybe_get_bdim(tensor))

@@ -72,7 +72,7 @@ class CrossEntropy:
         else:
             total = weight[targets.long().clamp(0, len(weight) - 1)] * counted
             share = (1 - self.label_smoothing) * total + self.label_smoothing * weight.mean() * counted
-        if not self.averaged:
+        if self.reduction != "mean":
             return share
         return share * (targets.numel() / total.sum().clamp_min(torch.finfo(torch.float64).tiny))
 
@@ -81,11 +81,6 @@ class CrossEntropy:
             return None
         smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / len(weight)
         return torch.tensordot(smoothed.movedim(1, -1), weight, 1)
-
-    @property
-    def averaged(self) -> bool:
-        """The loss is a mean."""
-        return self.reduction == "mean"
 
 
 def cross_entropy_of(loss: Any) -> CrossEntropy | None:
